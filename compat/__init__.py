@@ -1,0 +1,1 @@
+"""Dialects: Ollama, OpenAI and Docker Model Runner. Translation only; nothing here knows how models run."""

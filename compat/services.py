@@ -1,0 +1,96 @@
+"""The few things a dialect may ask of the house. `gateway/app.py` wires in the real thing; tests wire in a fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from engines.events import ChoiceFinished, Event, Finished, TextDelta, ThinkingDelta, ToolCallDelta
+from engines.model import ModelCard, ModelDescription, RunnerStatus
+from engines.request import GenerateRequest
+
+
+class Services(Protocol):
+    """What stands behind every dialect.
+
+    Every method raises the errors of `engines.errors`; the dialect renders them.
+    """
+
+    async def find(self, name: str) -> ModelCard:
+        """The model of that name. Raises InvalidModelName or ModelNotFound."""
+
+    async def list_models(self) -> list[ModelCard]:
+        """Every installed model, last modified first."""
+
+    async def describe(self, name: str) -> ModelDescription:
+        """The model with its whole GGUF header. Raises as `find` does, and GGUFParseError."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Admit the request and return its events.
+
+        Returns once a worker has admitted the request, so that every refusal (400, 404, 503) is still a real status.
+        Whoever stops iterating early cancels the request.
+        """
+
+    async def load(self, request: GenerateRequest) -> None:
+        """Make the request's model resident without generating."""
+
+    async def unload(self, request: GenerateRequest) -> None:
+        """Unload the request's model once its running requests are done; success when it is not loaded."""
+
+    def list_runners(self) -> list[RunnerStatus]:
+        """What is loaded now. Never loads or wakes anything."""
+
+
+class Answer:
+    """A whole answer, collected from its events, for clients that do not stream.
+
+    Attributes:
+        choices: one entry for each choice, in order. finished: the last event.
+    """
+
+    def __init__(self, num_choices: int = 1) -> None:
+        self.choices = [Choice() for _ in range(num_choices)]
+        self.finished: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        match event:
+            case TextDelta(text, index):
+                self.choices[index].texts.append(text)
+            case ThinkingDelta(text, index):
+                self.choices[index].thoughts.append(text)
+            case ToolCallDelta(_, index):
+                self.choices[index].tool_calls.append(event)
+            case ChoiceFinished(_, index):
+                self.choices[index].finished = event
+            case Finished():
+                self.finished = event
+
+
+class Choice:
+    """One choice of an `Answer`."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.tool_calls: list[ToolCallDelta] = []
+        self.finished: ChoiceFinished | None = None
+
+    @property
+    def text(self) -> str:
+        """The visible answer."""
+        return "".join(self.texts)
+
+    @property
+    def thinking(self) -> str:
+        """The reasoning before it."""
+        return "".join(self.thoughts)
+
+
+async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Answer:
+    """Read an answer to its end. Errors raised by `events` pass through."""
+    answer = Answer(num_choices)
+    async for event in events:
+        answer.add(event)
+    return answer
