@@ -1,0 +1,210 @@
+"""The OpenAI dialect's handlers: decode, parse, ask the house, render.
+
+Every handler answers its own errors in OpenAI's shape, so the app around it needs no exception handler for them; only
+unknown paths and methods never reach a handler and have `http_error_response`. Paths are listed with and without a
+trailing slash, because a redirect makes some clients drop the body (`spec/openai.md` section 1.1).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from compat.body import read_body
+from compat.openai.batch import generate_all
+from compat.openai.decode import decode_chat, decode_completion
+from compat.openai.errors import ErrorReply, render_error, render_unknown_url, render_wrong_method
+from compat.openai.parse import parse_chat, parse_completion
+from compat.openai.render import (
+    ChatChunks,
+    Chunks,
+    CompletionChunks,
+    Reply,
+    encode,
+    render_chat,
+    render_completion,
+    render_fingerprint,
+    render_model,
+)
+from compat.openai.schema import GenerateBody, ModelList
+from compat.services import Answer, Services, collect
+from compat.streams import SSEResponse, aclose, sse_frame, while_connected
+from engines.errors import HeadwaterError
+from engines.events import Event
+from engines.model import ModelCard
+from engines.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_SURFACES = {"/chat/completions": "openai/chat", "/completions": "openai/completion"}
+_DONE = sse_frame(b"[DONE]")
+
+
+def surfaces(bases: Sequence[str] = ("/v1", "")) -> dict[str, str]:
+    """The origin surface of each inference path below `bases`, in every spelling that is routed."""
+    return {
+        spelling: surface
+        for base in bases
+        for path, surface in _SURFACES.items()
+        for spelling in (base + path, f"{base}{path}/")
+    }
+
+
+class OpenAIRoutes:
+    """Chat completions, completions and models over the house's services.
+
+    Handlers read `http.state.origin` and `http.state.request_id`, which the gateway's middleware sets.
+    """
+
+    def __init__(self, services: Services, *, body_limit_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self._services = services
+        self._body_limit_bytes = body_limit_bytes
+        self._clock = clock
+
+    def routes(self, prefix: str = "") -> list[BaseRoute]:
+        """Every route, below `<prefix>/v1` and below `prefix` itself."""
+        return [
+            route
+            for base in (f"{prefix}/v1", prefix)
+            for route in (
+                *self.inference_routes(base),
+                *both_spellings(f"{base}/models", self.list_models, "GET"),
+                Route(f"{base}/models/{{model:path}}", endpoint(self.show_model), methods=["GET"]),
+            )
+        ]
+
+    def inference_routes(self, base: str) -> list[BaseRoute]:
+        """The routes that run models, below `base`."""
+        return [
+            *both_spellings(f"{base}/chat/completions", self.chat, "POST"),
+            *both_spellings(f"{base}/completions", self.completion, "POST", prompt_param="prompt"),
+        ]
+
+    async def chat(self, http: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        body = decode_chat(await read_body(http, self._body_limit_bytes))
+        card = await self._services.find(body.model)
+        request = parse_chat(body, card, request_id=http.state.request_id, origin=http.state.origin)
+        reply = self._reply("chatcmpl-", body, card, request.num_choices, body.parallel_tool_calls is not False)
+        if request.stream:
+            return await self._stream(http, [request], ChatChunks(reply))
+        return json_response(render_chat(reply, await self._answer(http, [request])))
+
+    async def completion(self, http: Request) -> Response:
+        """`POST /v1/completions`."""
+        body = decode_completion(await read_body(http, self._body_limit_bytes))
+        card = await self._services.find(body.model)
+        requests = parse_completion(body, request_id=http.state.request_id, origin=http.state.origin)
+        reply = self._reply("cmpl-", body, card, sum(request.num_choices for request in requests))
+        if body.stream:
+            return await self._stream(http, requests, CompletionChunks(reply), prompt_param="prompt")
+        return json_response(render_completion(reply, await self._answer(http, requests)))
+
+    async def list_models(self, http: Request) -> Response:
+        """`GET /v1/models`, last modified first; loads nothing."""
+        cards = await self._services.list_models()
+        return json_response(encode(ModelList("list", [render_model(card, card.name) for card in cards])))
+
+    async def show_model(self, http: Request) -> Response:
+        """`GET /v1/models/{id}`; the id may hold slashes, encoded or not, and comes back as it was asked for."""
+        name: str = http.path_params["model"].removesuffix("/")
+        return json_response(encode(render_model(await self._services.find(name), name)))
+
+    def _reply(
+        self, id_prefix: str, body: GenerateBody, card: ModelCard, num_choices: int, parallel_tool_calls: bool = True
+    ) -> Reply:
+        return Reply(
+            id=id_prefix + secrets.token_hex(16),
+            created=int(self._clock()),
+            model=body.model,
+            fingerprint=render_fingerprint(card),
+            num_choices=num_choices,
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            parallel_tool_calls=parallel_tool_calls,
+        )
+
+    async def _stream(
+        self, http: Request, requests: list[GenerateRequest], chunks: Chunks, prompt_param: str = "messages"
+    ) -> Response:
+        events = await while_connected(http.receive, generate_all(self._services, requests))
+        return SSEResponse(frames(chunks, events, prompt_param), source=events)
+
+    async def _answer(self, http: Request, requests: list[GenerateRequest]) -> Answer:
+        return await while_connected(http.receive, self._collect(requests))
+
+    async def _collect(self, requests: list[GenerateRequest]) -> Answer:
+        events = await generate_all(self._services, requests)
+        try:
+            return await collect(events, sum(request.num_choices for request in requests))
+        finally:
+            await aclose(events)
+
+
+async def frames(chunks: Chunks, events: AsyncIterator[Event], prompt_param: str = "messages") -> AsyncIterator[bytes]:
+    """The answer's events as server-sent events; a failure is one last frame, without `[DONE]` (section 3)."""
+    try:
+        for chunk in chunks.opening():
+            yield sse_frame(chunk)
+        async for event in events:
+            rendered = chunks.render(event)
+            if rendered is not None:
+                yield sse_frame(rendered)
+    except Exception as error:  # noqa: BLE001  the status is sent: the last frame is the only place left to tell
+        yield sse_frame(_report(error, prompt_param).body)
+    else:
+        yield _DONE
+
+
+def endpoint(handler: Handler, prompt_param: str = "messages") -> Handler:
+    """The handler, its errors rendered in OpenAI's shape."""
+
+    async def answer(http: Request) -> Response:
+        try:
+            return await handler(http)
+        except Exception as error:  # noqa: BLE001  the dialect's outermost edge: every request gets an answer
+            return error_response(error, prompt_param)
+
+    return answer
+
+
+def both_spellings(path: str, handler: Handler, method: str, *, prompt_param: str = "messages") -> list[BaseRoute]:
+    """Routes for the path with and without a trailing slash."""
+    answer = endpoint(handler, prompt_param)
+    return [Route(spelling, answer, methods=[method]) for spelling in (path, f"{path}/")]
+
+
+def json_response(body: bytes) -> Response:
+    """A successful reply."""
+    return Response(body, media_type="application/json")
+
+
+def error_response(error: Exception, prompt_param: str = "messages") -> Response:
+    """Any exception as a reply in OpenAI's shape; what is not ours is logged."""
+    return _error_response(_report(error, prompt_param))
+
+
+def http_error_response(http: Request, error: HTTPException) -> Response:
+    """Starlette's 404 and 405, for paths that have no handler here."""
+    path = http.scope["path"]
+    if error.status_code == 405:
+        return _error_response(render_wrong_method(http.method, path, (error.headers or {}).get("Allow", "")))
+    return _error_response(render_unknown_url(http.method, path))
+
+
+def _report(error: Exception, prompt_param: str) -> ErrorReply:
+    if not isinstance(error, HeadwaterError):
+        logger.error("a request failed unexpectedly", exc_info=error)
+    return render_error(error, prompt_param)
+
+
+def _error_response(reply: ErrorReply) -> Response:
+    return Response(reply.body, reply.status, reply.headers, media_type="application/json")

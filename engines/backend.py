@@ -1,0 +1,92 @@
+"""Backend: what installs and runs workers, one process for each loaded model.
+
+The process-level seam, after Docker Model Runner's (`spec/model-runner.md` section 2). A backend knows how to turn a
+model id into a process that serves it; when to start and stop one, and who may use it, is the gateway's business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engines.request import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfiguration:
+    """How one worker is to run its model; None leaves a choice to the backend.
+
+    Attributes:
+        context_size: window of one request in tokens; -1 the model's own.
+        num_parallel: windows that the KV cache holds at once. num_sequences: most requests decoded together.
+        runtime_flags: further flags in the engine's own words, where it takes any.
+        draft_model: a smaller model that proposes tokens.
+    """
+
+    context_size: int | None = None
+    num_parallel: int = 1
+    num_sequences: int = 64
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    num_thread: int | None = None
+    use_mmap: bool | None = None
+    draft_model: str = ""
+    runtime_flags: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredMemory:
+    """Bytes that loading a model takes; None where it cannot be told."""
+
+    ram_bytes: int | None = None
+    vram_bytes: int | None = None
+
+
+class Backend(ABC):
+    """One way to serve models. Calls need not be safe beside each other, except `run`, whose state is its own."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Lowercase, safe in a path and in a file name: `llama.cpp`."""
+
+    @property
+    def uses_external_model_management(self) -> bool:
+        """Whether models come from somewhere else than our store."""
+        return False
+
+    async def install(self) -> None:
+        """Make `run` possible. Idempotent."""
+
+    @abstractmethod
+    async def run(
+        self, socket: Path, model: str, model_ref: str, mode: Mode, config: BackendConfiguration | None = None
+    ) -> None:
+        """Serve `model` on `socket` until cancelled.
+
+        Serves an OpenAI API for exactly one model on exactly one Unix socket, answers 421 for any other model and 503
+        on `/health` until it is ready, never restarts by itself, and has reaped its children when it returns.
+
+        Args:
+            model: the model's id, a digest. model_ref: the name that the client used; the worker answers to both.
+
+        Raises:
+            ModelLoadFailed: the model could not be loaded. WorkerCrashed: it ended later by itself.
+        """
+
+    async def uninstall(self) -> None:
+        """Delete what `install` brought."""
+
+    @abstractmethod
+    def status(self) -> str:
+        """`Running`, `Error`, `Not Installed` or `Installing`, with `: detail` behind it where there is one."""
+
+    async def disk_usage(self) -> int:
+        """Bytes that the installation takes; 0 when nothing was downloaded."""
+        return 0
+
+    async def required_memory(self, model: str, config: BackendConfiguration | None = None) -> RequiredMemory:
+        """An estimate for loading a model. Raises GGUFParseError when its file cannot be read."""
+        return RequiredMemory()

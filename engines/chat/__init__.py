@@ -1,0 +1,1 @@
+"""Prompt in, reply out, for every model family: templates, capabilities and reply parsers."""

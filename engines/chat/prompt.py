@@ -1,0 +1,121 @@
+"""Prompt in: from a request to the token ids that the engine prefills.
+
+Owns which text is rendered, where BOS goes, what a trailing assistant message means, and how a chat is shortened to fit
+its window. It leaves templates to `jinja` and token ids to the engine's tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engines.chat.jinja import ChatTemplate
+from engines.chat.parser import THINK, ReplyFormat
+from engines.errors import BadRequest, PromptTooLong
+from engines.request import JSON, GenerateRequest, Message
+
+Tokenize = Callable[[str, bool], list[int]]
+"""Text and whether to add the vocabulary's own BOS and EOS, to token ids; markers in the text become control tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt ready for prefill. `truncated_tokens` were left out; `in_thinking` when it ends in open reasoning."""
+
+    tokens: list[int]
+    truncated_tokens: int = 0
+    in_thinking: bool = False
+
+
+class PromptBuilder:
+    """Builds the prompts of one model.
+
+    Args:
+        template: the chat template. tokenize: see `Tokenize`. bos: text of the BOS token.
+    """
+
+    def __init__(self, template: ChatTemplate, tokenize: Tokenize, *, bos: str) -> None:
+        self.reply_format = ReplyFormat.of(template.source)
+        self._template = template
+        self._tokenize = tokenize
+        self._bos = bos
+
+    def build(self, request: GenerateRequest, *, num_ctx: int) -> Prompt:
+        """The prompt of a request, leaving room for at least one token in a window of `num_ctx`.
+
+        Raises:
+            PromptTooLong: it does not fit, and may not or cannot be shortened.
+            TemplateError: the template refused the messages. BadRequest: there is nothing to prefill.
+        """
+        if request.messages is None:
+            tokens = list(request.prompt_tokens or ()) or self._encode(request.prompt or "")
+            prompt = Prompt([*request.context_tokens, *tokens])
+        else:
+            prompt = self._fit(request, request.messages, num_ctx)
+        if not prompt.tokens:
+            raise BadRequest("the prompt is empty", param="prompt")
+        if len(prompt.tokens) >= num_ctx:
+            raise PromptTooLong(len(prompt.tokens), num_ctx)
+        return prompt
+
+    def _fit(self, request: GenerateRequest, messages: Sequence[Message], num_ctx: int) -> Prompt:
+        """The chat as it is or, when it may be shortened, without its oldest messages.
+
+        Ollama's rule (`spec/ollama.md` section 8.4): the fewest messages go that make the rest fit, system messages and
+        the last message stay. Fewer messages never make a longer prompt, so the cut is found by bisection.
+        """
+        whole = self._chat(request, messages)
+        if not request.truncate or len(whole.tokens) < num_ctx:
+            return whole
+        low, high = 1, len(messages) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if len(self._chat(request, _without_oldest(messages, middle)).tokens) < num_ctx:
+                high = middle
+            else:
+                low = middle + 1
+        kept = self._chat(request, _without_oldest(messages, max(high, 0)))
+        return Prompt(kept.tokens, len(whole.tokens) - len(kept.tokens), kept.in_thinking)
+
+    def _chat(self, request: GenerateRequest, messages: Sequence[Message]) -> Prompt:
+        text = self._render(request, messages)
+        tokens = [*request.context_tokens, *self._encode(text)]
+        return Prompt(tokens, in_thinking=self.reply_format.starts_in_thinking(text))
+
+    def _render(self, request: GenerateRequest, messages: Sequence[Message]) -> str:
+        """A trailing assistant message is a prefill: the reply continues it (`spec/chat-formats.md` section 1.4)."""
+        prefill = messages[-1] if messages and messages[-1].role == "assistant" else None
+        turns = messages[:-1] if prefill else messages
+        text = self._template.render(turns, tools=request.tools, variables=_variables(request))
+        if prefill is None:
+            return text
+        if prefill.tool_calls:
+            raise BadRequest("the last message must not be an assistant's tool call", param="messages")
+        return text + self._continue(text, prefill)
+
+    def _continue(self, prompt: str, prefill: Message) -> str:
+        """What to write after the generation prompt, which may already have opened or closed the reasoning."""
+        if not prefill.thinking or not self.reply_format.thinks or prompt.rstrip().endswith(THINK[1]):
+            return prefill.content
+        opening = "" if self.reply_format.starts_in_thinking(prompt) else f"{THINK[0]}\n"
+        closing = f"\n{THINK[1]}\n\n{prefill.content}" if prefill.content else ""
+        return f"{opening}{prefill.thinking}{closing}"
+
+    def _encode(self, text: str) -> list[int]:
+        """A template that writes BOS itself must not get a second one."""
+        return self._tokenize(text, not (self._bos and text.startswith(self._bos)))
+
+
+def _without_oldest(messages: Sequence[Message], count: int) -> list[Message]:
+    """System messages among the first `count`, and everything after them."""
+    return [*(message for message in messages[:count] if message.role == "system"), *messages[count:]]
+
+
+def _variables(request: GenerateRequest) -> dict[str, JSON]:
+    """What the template is told beside the messages; thinking stays undefined unless somebody said something."""
+    variables: dict[str, JSON] = {}
+    if request.think is not None:
+        variables |= {"enable_thinking": bool(request.think), "thinking": bool(request.think)}
+    if isinstance(request.think, str):
+        variables["reasoning_effort"] = request.think
+    return variables | dict(request.template_kwargs)

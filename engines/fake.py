@@ -1,0 +1,139 @@
+"""A deterministic engine without weights, with settable load time and speed, for studying everything around an engine.
+
+It answers with the words of the last message (or of the prompt), one token a word, at `tokens_per_s`. A "model" is a
+small JSON file: `{"load_s": 0.0, "tokens_per_s": 1000, "num_ctx": 4096, "fail": "", "crash_after": null}`, every key
+optional. `fail` makes the load fail with that text; `crash_after` ends the process after so many tokens. Timing is
+honest: several requests share nothing, as on a machine with cores to spare.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.errors import Cancelled, ModelLoadFailed, ModelNotFound, PromptTooLong
+from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Timings, Usage
+from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
+from engines.request import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """What a fake model file says."""
+
+    load_s: float = 0.0
+    tokens_per_s: float = 1000.0
+    num_ctx: int = 4096
+    fail: str = ""
+    crash_after: int | None = None
+
+
+class FakeEngine(InferenceBackend):
+    """An InferenceBackend that repeats what it is told."""
+
+    def __init__(self) -> None:
+        self._model: FakeModel | None = None
+        self.num_running = 0
+
+    async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
+        """Read the model file, and take as long as it says."""
+        try:
+            text = await asyncio.to_thread(model_path.read_text)
+            model = FakeModel(**json.loads(text))
+        except FileNotFoundError:
+            raise ModelNotFound(model_path.name) from None
+        except (ValueError, TypeError) as error:
+            raise ModelLoadFailed(f"{model_path.name} is no fake model: {error}") from error
+        await asyncio.sleep(model.load_s)
+        if model.fail:
+            raise ModelLoadFailed(model.fail)
+        self._model, self.model_path, self.config = model, model_path, config
+
+    async def unload(self) -> None:
+        """Forget the model."""
+        self._model = self.model_path = self.config = None
+
+    def is_loaded(self) -> bool:
+        """Whether a model was read."""
+        return self._model is not None
+
+    def model_info(self) -> ModelInfo | None:
+        """The file's name and size."""
+        if self.model_path is None:
+            return None
+        return ModelInfo(name=self.model_path.stem, size=self.model_path.stat().st_size)
+
+    def stats(self) -> EngineStats:
+        """How many requests run."""
+        num_ctx = self._model.num_ctx if self._model else 0
+        return EngineStats(num_ctx=num_ctx, num_running=self.num_running)
+
+    async def generate(self, request: GenerateRequest) -> FakeGeneration:
+        """Admit a request whose words fit the window."""
+        self._require_loaded()
+        assert self._model is not None
+        text = request.messages[-1].content if request.messages else request.prompt or ""
+        prompt_tokens = sum(len(m.content.split()) for m in request.messages or ()) or len(text.split())
+        if prompt_tokens >= self._model.num_ctx:
+            raise PromptTooLong(prompt_tokens, self._model.num_ctx)
+        return FakeGeneration(self, self._model, request, text.split(), prompt_tokens)
+
+
+class FakeGeneration:
+    """The words of one reply, at the model's pace."""
+
+    def __init__(
+        self, engine: FakeEngine, model: FakeModel, request: GenerateRequest, words: list[str], prompt_tokens: int
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._limit = request.sampling.max_tokens if request.sampling.max_tokens is not None else -1
+        self._words = words if self._limit < 0 else words[: self._limit]
+        self._was_cut = len(self._words) < len(words)
+        self._prompt_tokens = prompt_tokens
+        self._num_said = 0
+        self._started = time.monotonic()
+        self._events = self._speak()
+        engine.num_running += 1
+        self._is_over = False
+
+    @property
+    def usage(self) -> Usage:
+        """Words said so far."""
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._num_said)
+
+    @property
+    def timings(self) -> Timings:
+        """Time since admission, all of it decoding."""
+        elapsed = time.monotonic() - self._started
+        return Timings(decode_s=elapsed, total_s=elapsed)
+
+    async def _speak(self) -> AsyncIterator[Event]:
+        for i, word in enumerate(self._words):
+            await asyncio.sleep(1 / self._model.tokens_per_s)
+            if self._is_over:
+                raise Cancelled
+            if self._model.crash_after is not None and self._num_said >= self._model.crash_after:
+                os._exit(9)
+            self._num_said += 1
+            yield TextDelta(word if i == 0 else f" {word}")
+        reason = FinishReason.LENGTH if self._was_cut else FinishReason.STOP
+        yield ChoiceFinished(reason)
+        yield Finished(reason, self.usage, self.timings)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """Stop speaking; the next event is an error."""
+        if not self._is_over:
+            self._is_over = True
+            self._engine.num_running -= 1

@@ -1,0 +1,314 @@
+"""llama.cpp's C API as three small objects: Model, Context and Sampler. The only file that imports llama_cpp.
+
+Nothing here schedules or decides; calls are one to one with llama.h of llama-cpp-python 0.3.36. Its one surprise: the
+objects are not thread-safe, and apart from Model's read-only vocabulary calls only the engine's loop thread may use
+them. Calls into C release the GIL, so the event loop keeps running while llama.cpp decodes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+
+from engines.errors import ModelLoadFailed
+from engines.request import Sampling
+
+Logits = npt.NDArray[np.float32]
+"""One row of logits, shape (n_vocab,). A view into llama.cpp's buffer: valid until the next decode."""
+
+RANDOM_SEED = 0xFFFFFFFF  # llama.h LLAMA_DEFAULT_SEED: asks for a random one, so it cannot be a seed
+
+
+_WARN = 2  # ggml.h ggml_log_level: 1 info, 2 warn, 3 error, 4 debug, 5 continues the line before
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]  # the binding has no types
+def _log(level: int, text: bytes, _user_data: object) -> None:
+    """llama.cpp's warnings and errors on stderr, where the parent keeps the end of them; its chatter nowhere."""
+    if _WARN <= level <= _WARN + 1:
+        sys.stderr.write(text.decode("utf-8", "replace"))
+        sys.stderr.flush()
+
+
+lib.llama_log_set(_log, ctypes.c_void_p(0))
+
+
+class OutOfCells(Exception):
+    """The KV cache has no room for the batch (llama_decode returned 1); nothing was changed."""
+
+
+class DecodeFailed(Exception):
+    """llama_decode failed for good; the contents of the KV cache are unknown."""
+
+
+class Model:
+    """The weights and the vocabulary of one GGUF.
+
+    Raises:
+        ModelLoadFailed: llama.cpp refused the file; its own words are on stderr.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_gpu: int = -1,
+        main_gpu: int | None = None,
+        use_mmap: bool | None = None,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = num_gpu
+        if main_gpu is not None:
+            params.main_gpu = main_gpu
+            params.split_mode = lib.LLAMA_SPLIT_MODE_NONE
+        if use_mmap is not None:
+            params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
+        self._progress = lib.llama_progress_callback(_progress_to(on_progress))  # kept: C holds the pointer
+        params.progress_callback = self._progress
+        self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            raise ModelLoadFailed(f"llama.cpp could not load {path.name}")
+        self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.num_tokens = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.num_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
+        self.num_parameters = int(lib.llama_model_n_params(self.handle))
+        self.size_bytes = int(lib.llama_model_size(self.handle))
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
+        self.is_recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._ends: dict[int, bool] = {}
+
+    def close(self) -> None:
+        """Free the weights. Contexts on them must be closed first."""
+        if self.handle:
+            lib.llama_model_free(self.handle)
+            self.handle = None
+
+    def chat_template(self, variant: str | None = None) -> str | None:
+        """The GGUF's Jinja chat template, or a named variant such as `tool_use`; None when there is none."""
+        text = lib.llama_model_chat_template(self.handle, variant.encode() if variant else None)
+        return text.decode("utf-8", "replace") if text else None
+
+    def special_text(self, which: str) -> str:
+        """The text of the `bos` or `eos` token, empty when the vocabulary has none."""
+        token = lib.llama_vocab_bos(self.vocab) if which == "bos" else lib.llama_vocab_eos(self.vocab)
+        return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """The token ids of `text`.
+
+        `add_special` adds BOS and EOS where the vocabulary wants them; `parse_special` reads markers such as
+        `<|im_start|>` as control tokens.
+        """
+        data = text.encode("utf-8", "replace")
+        size = len(data) + 8
+        tokens = (lib.llama_token * size)()
+        count = lib.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, parse_special)
+        if count < 0:  # the size needed, negated (llama.h)
+            tokens = (lib.llama_token * -count)()
+            count = lib.llama_tokenize(self.vocab, data, len(data), tokens, -count, add_special, parse_special)
+        return list(tokens[:count])
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that `token` stands for, perhaps half a character; control tokens are empty unless `special`."""
+        key = (token, special)
+        found = self._pieces.get(key)
+        if found is None:
+            found = self._pieces[key] = self._read_piece(token, special)
+        return found
+
+    def _read_piece(self, token: int, special: bool) -> bytes:
+        size = 128
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends a generation (end of turn, of sequence, of text)."""
+        known = self._ends.get(token)
+        if known is None:
+            known = self._ends[token] = bool(lib.llama_vocab_is_eog(self.vocab, token))
+        return known
+
+
+def _progress_to(on_progress: Callable[[float], None] | None) -> Callable[[float, object], bool]:
+    def report(fraction: float, _user_data: object) -> bool:
+        if on_progress is not None:
+            on_progress(fraction)
+        return True
+
+    return report
+
+
+class Context:
+    """One KV cache and the batch buffer that feeds it.
+
+    All sequences share one pool of `num_cells` cells (`kv_unified`), so a short sequence costs what it holds and no
+    more. Positions of a sequence must be contiguous from 0; llama_decode refuses a gap.
+    """
+
+    def __init__(self, model: Model, *, num_cells: int, num_sequences: int, num_batch: int, num_threads: int) -> None:
+        params = lib.llama_context_default_params()
+        params.n_ctx = num_cells
+        params.n_batch = num_batch
+        params.n_ubatch = min(num_batch, 512)
+        params.n_seq_max = num_sequences
+        params.n_outputs_max = num_sequences  # one row of logits a sequence a step, not one for each prompt token
+        params.n_threads = params.n_threads_batch = num_threads
+        params.kv_unified = True
+        params.no_perf = True
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise ModelLoadFailed("llama.cpp could not create a context; there may not be enough memory for it")
+        self.num_cells = int(lib.llama_n_ctx(self.handle))
+        self.num_batch = int(lib.llama_n_batch(self.handle))
+        self._num_tokens = model.num_tokens
+        self._memory = lib.llama_get_memory(self.handle)
+        self._batch = lib.llama_batch_init(self.num_batch, 0, 1)
+        # Views over the C arrays: filling a batch is a few slice assignments, not a loop over tokens.
+        self._token = np.ctypeslib.as_array(self._batch.token, (self.num_batch,))
+        self._pos = np.ctypeslib.as_array(self._batch.pos, (self.num_batch,))
+        self._wants_logits = np.ctypeslib.as_array(self._batch.logits, (self.num_batch,))
+        np.ctypeslib.as_array(self._batch.n_seq_id, (self.num_batch,))[:] = 1
+        # seq_id is an array of pointers to one-element arrays; each element is found once and kept as a view.
+        self._seq_ids = [np.ctypeslib.as_array(self._batch.seq_id[i], (1,)) for i in range(self.num_batch)]
+        self._count = 0
+
+    def close(self) -> None:
+        """Free the cache and the batch."""
+        if self.handle:
+            lib.llama_batch_free(self._batch)
+            lib.llama_free(self.handle)
+            self.handle = None
+
+    def clear_batch(self) -> None:
+        """Start a new batch."""
+        self._count = 0
+
+    def add(self, slot: int, tokens: Sequence[int], position: int, *, wants_logits: bool) -> int:
+        """Append `tokens` of the sequence in `slot`, the first at `position`.
+
+        Returns:
+            The batch index of the last one, whose logits are computed when `wants_logits`.
+        """
+        start, end = self._count, self._count + len(tokens)
+        self._token[start:end] = tokens
+        self._pos[start:end] = range(position, position + len(tokens))
+        self._wants_logits[start:end] = 0
+        self._wants_logits[end - 1] = wants_logits
+        for i in range(start, end):
+            self._seq_ids[i][0] = slot
+        self._count = end
+        return end - 1
+
+    def decode(self) -> None:
+        """Compute the batch.
+
+        Raises:
+            OutOfCells: no room; nothing changed. DecodeFailed: the context can no longer be trusted.
+        """
+        self._batch.n_tokens = self._count
+        status = lib.llama_decode(self.handle, self._batch)
+        if status == 1:
+            raise OutOfCells
+        if status != 0:
+            raise DecodeFailed(f"llama_decode returned {status}")
+
+    def logits(self, index: int) -> Logits:
+        """The logits at a batch index that asked for them."""
+        row = lib.llama_get_logits_ith(self.handle, index)
+        return np.ctypeslib.as_array(row, (self._num_tokens,))
+
+    def remove(self, slot: int) -> None:
+        """Forget everything in `slot`; its cells are free again."""
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+
+class Sampler:
+    """A chain of llama.cpp samplers for one sequence, in llama-server's order.
+
+    Args:
+        model: for the size of the vocabulary.
+        sampling: every field said; see `Sampling` for what is off.
+        history: the prompt, whose last tokens the penalties look at.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling, history: Sequence[int], *, num_ctx: int) -> None:
+        params = lib.llama_sampler_chain_default_params()
+        params.no_perf = True
+        self.chain = lib.llama_sampler_chain_init(params)
+        window = num_ctx if (sampling.repeat_last_n or 0) < 0 else min(sampling.repeat_last_n or 0, num_ctx)
+        if window and has_penalties(sampling):
+            self._add(
+                lib.llama_sampler_init_penalties(
+                    model.num_tokens,
+                    window,
+                    sampling.repeat_penalty or 1.0,
+                    sampling.frequency_penalty or 0.0,
+                    sampling.presence_penalty or 0.0,
+                )
+            )
+            for token in history[-window:]:
+                lib.llama_sampler_accept(self.chain, token)
+        if is_greedy(sampling):
+            self._add(lib.llama_sampler_init_greedy())
+            return
+        if sampling.top_k and 0 < sampling.top_k < model.num_tokens:
+            self._add(lib.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.typical_p is not None and sampling.typical_p < 1:
+            self._add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
+        if sampling.top_p is not None and sampling.top_p < 1:
+            self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p:
+            self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(lib.llama_sampler_init_temp(sampling.temperature or 0.0))
+        self._add(lib.llama_sampler_init_dist(fold_seed(sampling.seed)))
+
+    def _add(self, sampler: object) -> None:
+        lib.llama_sampler_chain_add(self.chain, sampler)
+
+    def sample(self, context: Context, index: int) -> int:
+        """Choose the next token from the logits at a batch index, and remember it."""
+        return int(lib.llama_sampler_sample(self.chain, context.handle, index))
+
+    def close(self) -> None:
+        """Free the chain."""
+        if self.chain:
+            lib.llama_sampler_free(self.chain)
+            self.chain = None
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether the most likely token is always the one."""
+    return (sampling.temperature or 0.0) <= 0 or sampling.top_k == 1
+
+
+def has_penalties(sampling: Sampling) -> bool:
+    """Whether earlier tokens change the logits."""
+    said = (sampling.repeat_penalty or 1.0, sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0)
+    return sampling.repeat_last_n != 0 and said != (1.0, 0.0, 0.0)
+
+
+def fold_seed(seed: int | None) -> int:
+    """A seed as llama.cpp takes it: 32 bits. Unsaid and negative ones are random."""
+    if seed is None or seed < 0:
+        return int.from_bytes(os.urandom(4)) & 0x7FFFFFFF
+    folded = seed & 0xFFFFFFFF
+    return folded if folded != RANDOM_SEED else RANDOM_SEED - 1
+
+
+def version() -> str:
+    """The version of the binding, which names the llama.cpp it carries."""
+    return str(lib.__version__)

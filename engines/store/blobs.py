@@ -1,0 +1,118 @@
+"""Content-addressed files, `blobs/sha256-<64 hex>`, and the two ways the store touches a disk: bounded, and atomic.
+
+Whether a blob is a model or a licence is the manifest's business. Its surprise: directory entries are flushed too, so
+what was written once is there after a power cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from pathlib import Path
+
+from engines.errors import BadRequest, HeadwaterError
+
+DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}\Z"
+
+
+class StoreUnreadable(HeadwaterError):
+    """A file of the store is there but cannot be read, or is larger than it may be."""
+
+    code = "store_unreadable"
+
+
+class StoreNotWritable(HeadwaterError):
+    """A file of the store could not be written; the message says which and why."""
+
+    code = "store_not_writable"
+
+
+def blob_path(models: Path, digest: str) -> Path:
+    """Where the blob of that digest belongs.
+
+    Raises:
+        BadRequest: the text is no digest, so it names no file either.
+    """
+    if not re.match(DIGEST_PATTERN, digest):
+        raise BadRequest("invalid digest format")
+    return models / "blobs" / digest.replace(":", "-")
+
+
+def write_blob(models: Path, data: bytes) -> str:
+    """Store bytes under their digest and return it. A blob that is there already is only touched.
+
+    The new time keeps an Ollama that shares the directory from pruning the blob before a manifest names it.
+
+    Raises:
+        StoreNotWritable: the directory or the disk refuses.
+    """
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    path = blob_path(models, digest)
+    try:
+        if path.stat().st_size == len(data):
+            os.utime(path)
+            return digest
+    except OSError:
+        pass  # missing, or another user's: writing it tells
+    write_atomically(path, data)
+    return digest
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """A small file's content.
+
+    Raises:
+        FileNotFoundError: there is no such file; a pipe or a directory, which could block for ever, is none.
+        StoreUnreadable: it may not be read or is too large.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113 (unlike Path.is_file it never raises)
+        raise FileNotFoundError(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreUnreadable(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > max_bytes:
+        raise StoreUnreadable(f"{path} is larger than {max_bytes} bytes")
+    return data
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Create or replace a file, so that whoever looks sees all of the old or all of the new, whenever we are killed.
+
+    Raises:
+        StoreNotWritable: the directory or the disk refuses.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(16)}.tmp")  # a leading dot is valid in no name and no digest
+    try:
+        _make_directories(path.parent)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_directory(path.parent)
+    except OSError as error:
+        raise StoreNotWritable(f"cannot write {path}: {error.strerror}") from error
+
+
+def _make_directories(directory: Path) -> None:
+    """`mkdir(parents=True)` would give only the last directory the mode."""
+    for missing in [each for each in (directory, *directory.parents) if not each.exists()][::-1]:
+        missing.mkdir(mode=0o755, exist_ok=True)
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

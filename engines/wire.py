@@ -1,0 +1,370 @@
+"""Both ends of the protocol between gateway and worker: OpenAI's HTTP and SSE over a Unix socket.
+
+Because it is OpenAI's, llama-server or another server can stand where our worker stands. Ours adds fields that others
+ignore or leave out: running usage on every chunk, so that an aborted stream is counted truly; `timings` and token ids
+on the last one; `num_ctx`, `truncate`, `context_tokens` and `prompt_tokens` in the request. Durations are in
+milliseconds here, as in llama-server's `timings`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from engines.errors import (
+    BadRequest,
+    HeadwaterError,
+    PromptTooLong,
+    ServerBusy,
+    TemplateError,
+    UnsupportedFeature,
+    WorkerCrashed,
+    WrongModel,
+)
+from engines.events import (
+    ChoiceFinished,
+    Event,
+    Finished,
+    FinishReason,
+    TextDelta,
+    ThinkingDelta,
+    Timings,
+    ToolCallDelta,
+    Usage,
+)
+from engines.request import (
+    JSON,
+    GenerateRequest,
+    LoadOptions,
+    Message,
+    Origin,
+    OutputFormat,
+    Sampling,
+    Tool,
+    ToolCall,
+)
+
+ORIGIN_HEADER = "X-Request-Origin"
+REQUEST_ID_HEADER = "X-Request-Id"
+DONE = b"[DONE]"
+_PLAIN_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repeat_last_n",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+)
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+def path_of(request: GenerateRequest) -> str:
+    """Where a request is posted."""
+    return "/v1/chat/completions" if request.messages is not None else "/v1/completions"
+
+
+def encode_request(request: GenerateRequest, model: str) -> bytes:
+    """A request's body; `model` is the id that the worker was started with."""
+    body: dict[str, JSON] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "n": request.num_choices,
+        "num_ctx": request.load.num_ctx,
+        "truncate": request.truncate,
+        "return_tokens": request.return_tokens,
+        "context_tokens": list(request.context_tokens),
+        "think": request.think,
+        "chat_template_kwargs": dict(request.template_kwargs),
+        **_encode_sampling(request.sampling),
+    }
+    if request.messages is not None:
+        body["messages"] = [_encode_message(message) for message in request.messages]
+    elif request.prompt_tokens is not None:
+        body["prompt"] = list(request.prompt_tokens)
+    else:
+        body["prompt"] = request.prompt or ""
+    if request.tools:
+        body["tools"] = [_encode_tool(tool) for tool in request.tools]
+    if request.format is not None:
+        body["response_format"] = _encode_format(request.format)
+    return _encode({name: value for name, value in body.items() if value is not None and value != []})
+
+
+def decode_request(data: bytes, *, id: str, surface: str) -> GenerateRequest:  # noqa: A002  # the field's name
+    """The request that `encode_request` wrote. Raises BadRequest for anything else."""
+    try:
+        body = _decode(data)
+        return _decode_body(body, id, surface)
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadRequest(f"malformed worker request: {error}") from error
+
+
+def _decode_body(body: dict[str, Any], request_id: str, surface: str) -> GenerateRequest:
+    prompt = body.get("prompt")
+    return GenerateRequest(
+        id=request_id,
+        model=body["model"],
+        origin=Origin(surface=surface, caller="gateway"),
+        messages=tuple(_decode_message(m) for m in body["messages"]) if "messages" in body else None,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_tokens=tuple(prompt) if isinstance(prompt, list) else None,
+        context_tokens=tuple(body.get("context_tokens", ())),
+        tools=tuple(_decode_tool(tool) for tool in body.get("tools", ())),
+        format=_decode_format(body.get("response_format")),
+        sampling=_decode_sampling(body),
+        load=LoadOptions(num_ctx=body.get("num_ctx")),
+        think=body.get("think"),
+        template_kwargs=body.get("chat_template_kwargs") or {},
+        truncate=bool(body.get("truncate")),
+        num_choices=int(body.get("n", 1)),
+        return_tokens=bool(body.get("return_tokens")),
+        stream=True,
+    )
+
+
+def _encode_sampling(sampling: Sampling) -> dict[str, JSON]:
+    stop = list(sampling.stop) if sampling.stop is not None else None
+    return {name: getattr(sampling, name) for name in _PLAIN_SAMPLING} | {"stop": stop}
+
+
+def _decode_sampling(body: Mapping[str, Any]) -> Sampling:
+    stop = body.get("stop")
+    plain = {name: body.get(name) for name in _PLAIN_SAMPLING}
+    return replace(Sampling(**plain), stop=tuple(stop) if stop is not None else None)
+
+
+def _encode_message(message: Message) -> dict[str, JSON]:
+    plain: dict[str, JSON] = {"role": message.role, "content": message.content}
+    if message.images:
+        urls = ["data:image/png;base64," + base64.b64encode(image).decode() for image in message.images]
+        pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        plain["content"] = [{"type": "text", "text": message.content}, *pictures]
+    if message.thinking:
+        plain["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        plain["tool_calls"] = [_encode_call(call) for call in message.tool_calls]
+    if message.tool_name:
+        plain["name"] = message.tool_name
+    if message.tool_call_id:
+        plain["tool_call_id"] = message.tool_call_id
+    return plain
+
+
+def _decode_message(plain: Mapping[str, Any]) -> Message:
+    content = plain.get("content") or ""
+    images: tuple[bytes, ...] = ()
+    if isinstance(content, list):
+        images = tuple(_decode_image(part) for part in content if part["type"] == "image_url")
+        content = "\n".join(part["text"] for part in content if part["type"] == "text")
+    return Message(
+        role=plain["role"],
+        content=content,
+        thinking=plain.get("reasoning_content", ""),
+        images=images,
+        tool_calls=tuple(_decode_call(call) for call in plain.get("tool_calls", ())),
+        tool_name=plain.get("name", ""),
+        tool_call_id=plain.get("tool_call_id", ""),
+    )
+
+
+def _decode_image(part: Mapping[str, Any]) -> bytes:
+    return base64.b64decode(part["image_url"]["url"].partition(",")[2])
+
+
+def _encode_call(call: ToolCall) -> dict[str, JSON]:
+    arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _decode_call(plain: Mapping[str, Any]) -> ToolCall:
+    arguments = plain["function"]["arguments"]
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        parsed = None
+    return ToolCall(
+        plain.get("id", ""), plain["function"]["name"], parsed if isinstance(parsed, dict) else str(arguments)
+    )
+
+
+def _encode_tool(tool: Tool) -> dict[str, JSON]:
+    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": function}
+
+
+def _decode_tool(plain: Mapping[str, Any]) -> Tool:
+    function = plain["function"]
+    return Tool(function["name"], function.get("description", ""), function["parameters"])
+
+
+def _encode_format(output: OutputFormat) -> dict[str, JSON]:
+    if output.schema is None:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": output.schema}}
+
+
+def _decode_format(plain: Mapping[str, Any] | None) -> OutputFormat | None:
+    if plain is None or plain["type"] == "text":
+        return None
+    return OutputFormat(plain["json_schema"]["schema"] if plain["type"] == "json_schema" else None)
+
+
+def encode_event(event: Event, usage: Usage) -> bytes:
+    """One SSE frame; `usage` is what the request has cost up to it."""
+    chunk: dict[str, JSON] = {"choices": [], "usage": _encode_usage(usage)}
+    match event:
+        case TextDelta(text, index):
+            chunk["choices"] = [_choice(index, {"content": text})]
+        case ThinkingDelta(text, index):
+            chunk["choices"] = [_choice(index, {"reasoning_content": text})]
+        case ToolCallDelta(call, index):
+            chunk["choices"] = [_choice(index, {"tool_calls": [{"index": 0, **_encode_call(call)}]})]
+        case ChoiceFinished(reason, index):
+            chunk["choices"] = [_choice(index, {}, reason.value)]
+        case Finished(reason, usage, timings, tokens):
+            chunk |= {"usage": _encode_usage(usage), "timings": _encode_timings(timings, usage)}
+            chunk |= {"reason": reason.value, "tokens": list(tokens)}
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+def _choice(index: int, delta: dict[str, JSON], reason: str | None = None) -> dict[str, JSON]:
+    return {"index": index, "delta": delta, "finish_reason": reason}
+
+
+def _encode_usage(usage: Usage) -> dict[str, JSON]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
+        "truncated_tokens": usage.truncated_tokens,
+    }
+
+
+def decode_usage(plain: Mapping[str, Any]) -> Usage:
+    """Usage as a chunk or a cancel reply carries it; details may be missing."""
+    return Usage(
+        prompt_tokens=plain.get("prompt_tokens", 0),
+        cached_tokens=(plain.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+        completion_tokens=plain.get("completion_tokens", 0),
+        thinking_tokens=(plain.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
+        truncated_tokens=plain.get("truncated_tokens", 0),
+    )
+
+
+def _encode_timings(timings: Timings, usage: Usage) -> dict[str, JSON]:
+    return {
+        "prompt_n": usage.prompt_tokens - usage.cached_tokens,
+        "cached_n": usage.cached_tokens,
+        "prompt_ms": timings.prefill_s * 1e3,
+        "predicted_n": usage.completion_tokens,
+        "predicted_ms": timings.decode_s * 1e3,
+        "queue_ms": timings.queue_s * 1e3,
+        "draft_n": 0,
+        "draft_accepted_n": 0,
+    }
+
+
+def decode_timings(plain: Mapping[str, Any]) -> Timings:
+    """The worker's part of the timings; the gateway adds its own."""
+    return Timings(
+        queue_s=plain.get("queue_ms", 0.0) / 1e3,
+        prefill_s=plain.get("prompt_ms", 0.0) / 1e3,
+        decode_s=plain.get("predicted_ms", 0.0) / 1e3,
+    )
+
+
+def encode_cost(usage: Usage, timings: Timings) -> bytes:
+    """The reply to a cancel: what the request has cost."""
+    return _encode({"usage": _encode_usage(usage), "timings": _encode_timings(timings, usage)})
+
+
+def decode_cost(data: bytes) -> tuple[Usage, Timings]:
+    """What `encode_cost` wrote."""
+    plain = _decode(data)
+    return decode_usage(plain["usage"]), decode_timings(plain["timings"])
+
+
+class EventDecoder:
+    """Turns the chunks of one answer into events and remembers the usage seen last.
+
+    OpenAI servers that are not ours send no `reason` with the last chunk; then it is the first choice's.
+    """
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self._reasons: dict[int, FinishReason] = {}
+
+    def decode(self, data: bytes) -> list[Event]:
+        """The events of one `data:` line. Raises the error that the worker sent, if it is one."""
+        chunk = _decode(data)
+        if error := chunk.get("error"):
+            raise decode_error(error)
+        if usage := chunk.get("usage"):
+            self.usage = decode_usage(usage)
+        events: list[Event] = []
+        for choice in chunk["choices"]:
+            events += self._decode_choice(choice)
+        if not chunk["choices"] and usage:
+            reason = FinishReason(chunk["reason"]) if "reason" in chunk else self._reasons.get(0, FinishReason.STOP)
+            timings = decode_timings(chunk.get("timings") or {})
+            events.append(Finished(reason, self.usage, timings, tuple(chunk.get("tokens") or ())))
+        return events
+
+    def _decode_choice(self, choice: Mapping[str, Any]) -> list[Event]:
+        index, delta = choice["index"], choice.get("delta") or {}
+        events: list[Event] = []
+        if thought := delta.get("reasoning_content"):
+            events.append(ThinkingDelta(thought, index))
+        if text := delta.get("content"):
+            events.append(TextDelta(text, index))
+        events += [ToolCallDelta(_decode_call(call), index) for call in delta.get("tool_calls") or ()]
+        if reason := choice.get("finish_reason"):
+            self._reasons[index] = FinishReason(reason)
+            events.append(ChoiceFinished(self._reasons[index], index))
+        return events
+
+
+def encode_error(error: HeadwaterError) -> bytes:
+    """An error's body, in OpenAI's envelope with our stable code."""
+    detail: dict[str, JSON] = {"message": error.message, "type": "worker_error", "param": None, "code": error.code}
+    if isinstance(error, BadRequest):
+        detail["param"] = error.param
+    if isinstance(error, PromptTooLong):
+        detail |= {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.num_ctx}
+    return _encode({"error": detail})
+
+
+def decode_error(detail: Mapping[str, Any]) -> HeadwaterError:
+    """The error that a worker meant."""
+    message = str(detail.get("message", "the worker failed without a word"))
+    param = detail.get("param")
+    match detail.get("code"):
+        case PromptTooLong.code:
+            return PromptTooLong(int(detail["n_prompt_tokens"]), int(detail["n_ctx"]))
+        case UnsupportedFeature.code:
+            return UnsupportedFeature(message, param=param)
+        case TemplateError.code:
+            return TemplateError(message)
+        case BadRequest.code:
+            return BadRequest(message, param=param)
+        case WorkerCrashed.code:
+            return WorkerCrashed(message)
+        case ServerBusy.code:
+            return ServerBusy(message)
+        case WrongModel.code:
+            return HeadwaterError(message)
+    return HeadwaterError(message)

@@ -1,0 +1,193 @@
+"""The worker process: one InferenceBackend behind an OpenAI API on one Unix socket.
+
+`python -m engines.worker` is what a Backend runs. It serves exactly one model (421 for any other), answers 503 on
+`/health` until it is loaded, and never outlives its parent: the parent holds the other end of our standard input, and
+when that closes, for whatever reason, we are gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from engines.errors import HeadwaterError, WrongModel
+from engines.inference import Generation, InferenceBackend, LoadConfig
+from engines.request import GenerateRequest
+from engines.wire import DONE, ORIGIN_HEADER, REQUEST_ID_HEADER, decode_request, encode_cost, encode_error, encode_event
+
+log = logging.getLogger(__name__)
+
+EXIT_LOAD_FAILED = 3
+LOAD_ERROR_PREFIX = "load failed: "
+
+
+class Worker:
+    """The app around one engine.
+
+    Args:
+        engine: loaded by the time `/health` answers 200. names: every name that means its model.
+    """
+
+    def __init__(self, engine: InferenceBackend, names: frozenset[str]) -> None:
+        self._engine = engine
+        self._names = names
+        self._running: dict[str, Generation] = {}
+
+    def app(self) -> Starlette:
+        """The ASGI app."""
+        return Starlette(
+            routes=[
+                Route("/health", self.health),
+                Route("/metrics", self.metrics),
+                Route("/v1/chat/completions", self.generate, methods=["POST"]),
+                Route("/v1/completions", self.generate, methods=["POST"]),
+                Route("/cancel/{id}", self.cancel, methods=["POST"]),
+            ],
+            exception_handlers={HeadwaterError: _error_response},
+        )
+
+    async def health(self, http: Request) -> Response:
+        """200 with the engine's numbers once the model is loaded, 503 before."""
+        stats = self._engine.stats()
+        body = {"num_ctx": stats.num_ctx, "num_running": stats.num_running, "num_waiting": stats.num_waiting}
+        return Response(json.dumps(body), 200 if self._engine.is_loaded() else 503, media_type="application/json")
+
+    async def metrics(self, http: Request) -> Response:
+        """The engine's numbers as Prometheus text."""
+        return Response(render_metrics(self._engine), media_type="text/plain; version=0.0.4")
+
+    async def generate(self, http: Request) -> Response:
+        """Admit a request and stream its events; refusals are real statuses."""
+        request = decode_request(
+            await http.body(), id=http.headers.get(REQUEST_ID_HEADER, ""), surface=http.headers.get(ORIGIN_HEADER, "")
+        )
+        if request.model not in self._names:
+            raise WrongModel(request.model, min(self._names))
+        generation = await self._engine.generate(request)
+        self._running[request.id] = generation
+        return StreamingResponse(self._frames(request, generation), media_type="text/event-stream")
+
+    async def _frames(self, request: GenerateRequest, generation: Generation) -> AsyncIterator[bytes]:
+        try:
+            async for event in generation:
+                yield encode_event(event, generation.usage)
+            yield b"data: " + DONE + b"\n\n"
+        except HeadwaterError as error:
+            yield b"data: " + encode_error(error) + b"\n\n"
+        finally:
+            self._running.pop(request.id, None)
+            await asyncio.shield(generation.aclose())
+
+    async def cancel(self, http: Request) -> Response:
+        """End a request within one step and say what it has cost."""
+        generation = self._running.pop(http.path_params["id"], None)
+        if generation is None:
+            return Response(status_code=404)
+        await generation.aclose()
+        return Response(encode_cost(generation.usage, generation.timings), media_type="application/json")
+
+
+async def _error_response(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HeadwaterError)
+    return Response(encode_error(error), error.status, media_type="application/json")
+
+
+def render_metrics(engine: InferenceBackend) -> str:
+    """Prometheus text; the gateway adds the labels `backend`, `model` and `mode`."""
+    stats = engine.stats()
+    gauges = {
+        "engine_sequences_running": ("Sequences that hold KV cells.", stats.num_running),
+        "engine_sequences_waiting": ("Sequences that wait for KV cells.", stats.num_waiting),
+        "engine_kv_cells": ("KV cells in all.", stats.num_cells),
+        "engine_kv_cells_free": ("KV cells that are free.", stats.num_free_cells),
+    }
+    lines = []
+    for name, (text, value) in gauges.items():
+        lines += [f"# HELP headwater_{name} {text}", f"# TYPE headwater_{name} gauge", f"headwater_{name} {value}"]
+    for total, amount in stats.totals.items():
+        name = f"headwater_engine_{total.removesuffix('_s')}{'_seconds' if total.endswith('_s') else ''}_total"
+        lines += [f"# HELP {name} The engine's {total} since it was loaded.", f"# TYPE {name} counter"]
+        lines.append(f"{name} {amount}")
+    return "\n".join(lines) + "\n"
+
+
+def die_with_parent() -> None:
+    """End this process when its standard input closes, which the parent's death does whatever its cause."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def make_engine(name: str) -> InferenceBackend:
+    """The engine of that name. Only the one that is asked for is imported."""
+    if name == "fake":
+        from engines.fake import FakeEngine  # noqa: PLC0415  # no other engine's libraries
+
+        return FakeEngine()
+    from engines.llamacpp.engine import LlamaCppEngine  # noqa: PLC0415  # the fake must not load llama.cpp
+
+    return LlamaCppEngine(on_failure=lambda error: os._exit(1))
+
+
+async def serve(engine: InferenceBackend, socket: Path, model: Path, config: LoadConfig, names: frozenset[str]) -> int:
+    """Load the model and serve it until SIGTERM; returns the exit status."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Worker(engine, names).app(),
+            uds=str(socket),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+        )
+    )
+    serving = asyncio.create_task(server.serve())
+    try:
+        await engine.load(model, config)
+    except HeadwaterError as error:
+        sys.stderr.write(f"{LOAD_ERROR_PREFIX}{error.message}\n")
+        server.should_exit = True
+        await serving
+        return EXIT_LOAD_FAILED
+    await serving
+    await engine.unload()
+    return 0
+
+
+def main() -> None:
+    """Entry point of `python -m engines.worker`."""
+    parser = argparse.ArgumentParser(prog="engines.worker", description="serve one model on a Unix socket")
+    parser.add_argument("--engine", choices=["llamacpp", "fake"], default="llamacpp")
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
+    parser.add_argument("--name", action="append", required=True, help="a name that means this model; repeatable")
+    parser.add_argument("--config", type=json.loads, default={}, help="LoadConfig as JSON")
+    args = parser.parse_args()
+    die_with_parent()
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    config = LoadConfig(**args.config | {"gpu_ids": tuple(args.config.get("gpu_ids", ()))})
+    args.socket.unlink(missing_ok=True)
+    status = asyncio.run(serve(make_engine(args.engine), args.socket, args.model, config, frozenset(args.name)))
+    args.socket.unlink(missing_ok=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The usage ledger: one row a request, whatever its end, and what can be asked of it later."""
