@@ -14,18 +14,19 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from engines.errors import HeadwaterError, WrongModel
 from engines.inference import Generation, InferenceBackend, LoadConfig
-from engines.request import GenerateRequest
 from engines.wire import DONE, ORIGIN_HEADER, REQUEST_ID_HEADER, decode_request, encode_cost, encode_error, encode_event
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Worker:
     async def health(self, http: Request) -> Response:
         """200 with the engine's numbers once the model is loaded, 503 before."""
         stats = self._engine.stats()
-        body = {"num_ctx": stats.num_ctx, "num_running": stats.num_running, "num_waiting": stats.num_waiting}
+        body = {"num_ctx": stats.num_ctx, "size_bytes": psutil.Process().memory_info().rss}
         return Response(json.dumps(body), 200 if self._engine.is_loaded() else 503, media_type="application/json")
 
     async def metrics(self, http: Request) -> Response:
@@ -78,18 +79,7 @@ class Worker:
             raise WrongModel(request.model, min(self._names))
         generation = await self._engine.generate(request)
         self._running[request.id] = generation
-        return StreamingResponse(self._frames(request, generation), media_type="text/event-stream")
-
-    async def _frames(self, request: GenerateRequest, generation: Generation) -> AsyncIterator[bytes]:
-        try:
-            async for event in generation:
-                yield encode_event(event, generation.usage)
-            yield b"data: " + DONE + b"\n\n"
-        except HeadwaterError as error:
-            yield b"data: " + encode_error(error) + b"\n\n"
-        finally:
-            self._running.pop(request.id, None)
-            await asyncio.shield(generation.aclose())
+        return _Streaming(generation, on_end=lambda: self._running.pop(request.id, None))
 
     async def cancel(self, http: Request) -> Response:
         """End a request within one step and say what it has cost."""
@@ -98,6 +88,30 @@ class Worker:
             return Response(status_code=404)
         await generation.aclose()
         return Response(encode_cost(generation.usage, generation.timings), media_type="application/json")
+
+
+class _Streaming(StreamingResponse):
+    """The events of one generation, which is closed however the response ends, even one that never began."""
+
+    def __init__(self, generation: Generation, on_end: Callable[[], object]) -> None:
+        super().__init__(self._frames(), media_type="text/event-stream")
+        self._generation = generation
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+            await asyncio.shield(asyncio.ensure_future(self._generation.aclose()))
+
+    async def _frames(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._generation:
+                yield encode_event(event, self._generation.usage)
+            yield b"data: " + DONE + b"\n\n"
+        except HeadwaterError as error:
+            yield b"data: " + encode_error(error) + b"\n\n"
 
 
 async def _error_response(http: Request, error: Exception) -> Response:

@@ -41,7 +41,7 @@ class ModelBody(Struct):
 
 def surfaces() -> dict[str, str]:
     """The origin surface of each inference path under `/engines`."""
-    return openai.surfaces(BASES)
+    return {path: name.replace("openai/", "model-runner/") for path, name in openai.surfaces(BASES).items()}
 
 
 class ModelRunnerRoutes:

@@ -26,7 +26,7 @@ Logits = npt.NDArray[np.float32]
 RANDOM_SEED = 0xFFFFFFFF  # llama.h LLAMA_DEFAULT_SEED: asks for a random one, so it cannot be a seed
 
 
-_WARN = 2  # ggml.h ggml_log_level: 1 info, 2 warn, 3 error, 4 debug, 5 continues the line before
+_WARN = 3  # ggml.h ggml_log_level: 1 debug, 2 info, 3 warn, 4 error, 5 continues the line before
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]  # the binding has no types

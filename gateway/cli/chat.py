@@ -112,8 +112,8 @@ class _Screen:
             self._console.out(human.printable(message.thinking), style="dim", end="")
         if message.content:
             self._end_thinking()
+            self.said.append(message.content)  # first: an interrupt must not forget what the reader has seen
             self._console.out(human.printable(message.content), end="")
-            self.said.append(message.content)
 
     def end(self) -> None:
         """Leave the cursor at the beginning of a line."""

@@ -50,7 +50,7 @@ class Client:
         self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
         self._patient = httpx.Timeout(None, connect=_CONNECT_S)
         # Proxies are for the outside world, but httpx would send them even what is meant for localhost.
-        self._http = httpx.Client(base_url=base_url, headers={"User-Agent": "headwater-cli"}, trust_env=False)
+        self._http = httpx.Client(base_url=base_url, headers={"User-Agent": "headwater/cli"}, trust_env=False)
 
     def __enter__(self) -> Self:
         return self

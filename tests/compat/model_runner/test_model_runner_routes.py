@@ -102,7 +102,7 @@ async def test_chat_and_completions_are_openai_s(base: str) -> None:
         assert reply["choices"][0]["text"] == "Hi"
 
 
-def test_surfaces_are_openai_s() -> None:
+def test_surfaces_say_that_the_request_came_by_model_runner_routes() -> None:
     """Requests under `/engines` are counted with the dialect that they speak."""
-    assert surfaces()["/engines/v1/chat/completions"] == "openai/chat"
-    assert surfaces()["/engines/llama.cpp/v1/completions/"] == "openai/completion"
+    assert surfaces()["/engines/v1/chat/completions"] == "model-runner/chat"
+    assert surfaces()["/engines/llama.cpp/v1/completions/"] == "model-runner/completion"

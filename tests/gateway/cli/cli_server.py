@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -108,6 +109,7 @@ class CLIServer:
         self.holds = False
         self.left = threading.Event()
         self.requests: list[tuple[str, Any]] = []
+        self.headers: list[Headers] = []
         self.address = ""
         self.app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])])
 
@@ -120,6 +122,7 @@ class CLIServer:
         body = await http.body()
         sent = json.loads(body) if body else dict(http.query_params)
         self.requests.append((path, sent))
+        self.headers.append(http.headers)
         if path == "/api/chat" and path not in self.answers:
             if not sent["messages"]:
                 return JSONResponse(chat_line(done=True, done_reason="load"))

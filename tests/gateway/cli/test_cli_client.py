@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from gateway.cli.client import Client, CommandFailed, _lines
 from gateway.cli.main import app
+from gateway.origin import client_family
 
 
 def test_missing_server_is_told_with_what_to_do(nobody: str) -> None:
@@ -61,6 +62,12 @@ def test_proxy_of_the_environment_is_not_used(server: CLIServer, monkeypatch: py
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.setenv("OLLAMA_HOST", server.address)
     assert CliRunner().invoke(app, ["list"]).exit_code == 0
+
+
+def test_server_knows_the_command_line_for_what_it_is(server: CLIServer) -> None:
+    """What is asked from here is booked under its own name, not that of the HTTP library."""
+    CliRunner().invoke(app, ["list"])
+    assert client_family(server.headers[0]) == "headwater"
 
 
 def test_closing_a_stream_hangs_up(server: CLIServer) -> None:

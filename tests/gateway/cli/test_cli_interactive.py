@@ -46,6 +46,14 @@ class Terminal:
         before, self._read_to = self.shown[self._read_to : at], at + len(text)
         return before
 
+    def interrupt_prompt(self, text: str) -> None:
+        """Interrupt until `text` is shown: readline misses a signal between printing its prompt and waiting for keys."""
+        while text not in self.shown[self._read_to :]:
+            self.process.send_signal(signal.SIGINT)
+            if select.select([self._screen], [], [], 1.0)[0]:
+                self._take()
+        self.expect(text)
+
     def type(self, text: str) -> None:
         """Type text, and Enter unless it is a control character."""
         os.write(self._screen, text.encode() + (b"" if text < " " else b"\r"))
@@ -99,8 +107,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(server: CLIServer, term
 
 def test_ctrl_c_at_the_prompt_tells_how_to_leave(terminal: Terminal) -> None:
     """An empty prompt is not left by accident."""
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.expect("Use Ctrl-D or /bye to exit.")
+    terminal.interrupt_prompt("Use Ctrl-D or /bye to exit.")
     terminal.expect(">>> ")
 
 

@@ -1,0 +1,36 @@
+# Two commands: `make serve` and `make test`. Each sets up what it needs, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test lint bench clean
+
+serve: $(VENV)/.serve
+	@$(BIN)/headwater serve
+
+test: $(VENV)/.dev lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks decode
+
+$(VENV)/.serve: pyproject.toml
+	@./install.sh $(PYTHON) $(VENV) .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	@./install.sh $(PYTHON) $(VENV) '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+$(VENV)/.bench: pyproject.toml
+	@./install.sh $(PYTHON) $(VENV) '.[bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist benchmarks/out

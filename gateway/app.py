@@ -1,0 +1,295 @@
+"""The one place that wires real objects in: from settings to a running server.
+
+Assembles ledger, metrics, pool, dispatch and dialects into one ASGI app, and runs it under uvicorn with a socket that
+is bound before anything else starts, so that a taken port is the first thing a user hears about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+
+import httpx
+import uvicorn
+from compat.browser import BrowserGuard
+from compat.ollama.routes import OllamaRoutes
+from compat.ollama.routes import http_error_response as ollama_http_error
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from compat.model_runner.prefix import StripPrefix
+from compat.model_runner.routes import ModelRunnerRoutes
+from compat.model_runner.routes import surfaces as model_runner_surfaces
+from compat.openai.routes import OpenAIRoutes
+from compat.openai.routes import http_error_response as openai_http_error
+from compat.openai.routes import surfaces as openai_surfaces
+from engines.backend import Backend, BackendConfiguration
+from engines.errors import HeadwaterError
+from engines.llamacpp.backend import LlamaCppBackend
+from engines.model import ModelCard
+from engines.store.blobs import blob_path
+from engines.store.catalog import Catalog
+from engines.store.seed import seed_demo
+from gateway import admin
+from gateway.accounting import Accounts, RequestMiddleware
+from gateway.dispatch import Dispatch
+from gateway.logs import set_up_logging
+from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.origin import OriginResolver
+from gateway.pool import Pool, RunnerKey, State
+from gateway.runner import Runner
+from gateway.settings import Settings
+from gateway.usage.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+AUTO_PLACES = 32
+AUTO_WINDOWS = 4
+"""Without OLLAMA_NUM_PARALLEL a model serves up to 32 requests together, in KV room for four full windows."""
+
+MAX_SOCKET_PATH = 100  # bytes; macOS allows 104, Linux 108
+
+
+class House:
+    """Everything that lives as long as the server, opened and closed in order.
+
+    Args:
+        backend: what runs models; tests hand in one with a fake engine.
+    """
+
+    def __init__(self, settings: Settings, backend: Backend | None = None) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.backend = backend or LlamaCppBackend(lambda digest: blob_path(settings.models, digest))
+        self._sockets = _socket_directory(settings.data)
+        self._generation = count(1)
+
+    async def open(self) -> None:
+        """Open the ledger and what stands on it."""
+        settings = self.settings
+        self.ledger = await Ledger.open(settings.database_url, on_unrecorded=self.metrics.inc_unrecorded)
+        self.accounts = Accounts(self.ledger, self.metrics)
+        self.pool: Pool[Runner] = Pool(
+            self._make_runner,
+            max_residents=settings.max_loaded_models,
+            places=settings.num_parallel or AUTO_PLACES,
+            max_waiting=settings.max_queue,
+            keep_alive_s=settings.keep_alive_s,
+            load_timeout_s=settings.load_timeout_s,
+        )
+        self.dispatch = Dispatch(
+            Catalog(settings.models),
+            self.pool,
+            self.accounts,
+            backend=self.backend.name,
+            num_ctx=settings.context_length,
+        )
+        self.metrics.watch(in_flight=self.accounts.in_flight, waiting=self.accounts.waiting, runners=self.pool.statuses)
+
+    async def close(self) -> None:
+        """Stop every worker, then commit what is left to record."""
+        await self.pool.close()
+        await self.accounts.close()
+        await self.ledger.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _make_runner(self, key: RunnerKey, card: ModelCard, on_exit: Callable[[HeadwaterError], None]) -> Runner:
+        settings = self.settings
+        config = BackendConfiguration(
+            context_size=key.num_ctx,
+            num_parallel=settings.num_parallel or AUTO_WINDOWS,
+            num_sequences=settings.num_parallel or AUTO_PLACES,
+            num_batch=key.options.num_batch,
+            num_gpu=key.options.num_gpu,
+            main_gpu=key.options.main_gpu,
+            num_thread=key.options.num_thread,
+            use_mmap=key.options.use_mmap,
+        )
+        path = self._sockets / f"worker-{next(self._generation)}.sock"
+        return Runner(
+            self.backend,
+            path,
+            model=key.model,
+            model_ref=card.name,
+            mode=key.mode,
+            config=config,
+            on_exit=on_exit,
+        )
+
+
+def _socket_directory(data: Path) -> Path:
+    """A directory of our own for sockets: short enough for a socket's path, and readable by nobody else."""
+    run = data / "run"
+    if len(os.fsencode(run)) + len("/server-00000000/worker-000000.sock") > MAX_SOCKET_PATH:
+        return Path(tempfile.mkdtemp(prefix="headwater-"))
+    run.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="server-", dir=run))
+
+
+def make_app(house: House) -> Starlette:
+    """The ASGI app of an open house."""
+    settings, dispatch = house.settings, house.dispatch
+    ollama = OllamaRoutes(dispatch, body_limit_bytes=settings.body_limit_bytes)
+    openai = OpenAIRoutes(dispatch, body_limit_bytes=settings.body_limit_bytes)
+    model_runner = ModelRunnerRoutes(dispatch, openai)
+    routes: list[BaseRoute] = [
+        *_own_routes(house),
+        *admin.routes(house.ledger),
+        *ollama.routes(),
+        *openai.routes(),
+        *model_runner.routes(),
+    ]
+    middleware = [
+        Middleware(StripPrefix),
+        Middleware(
+            RequestMiddleware,
+            resolver=OriginResolver(settings.trusted_proxies),
+            accounts=house.accounts,
+            metrics=house.metrics,
+            surfaces={**ollama.surfaces(), **openai_surfaces(), **model_runner_surfaces()},
+        ),
+        Middleware(BrowserGuard, allowed_origins=settings.origins, check_host=_is_loopback(settings.host)),
+    ]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+    app.router.redirect_slashes = False
+    return app
+
+
+def _own_routes(house: House) -> list[Route]:
+    async def health(http: Request) -> Response:
+        return JSONResponse({"status": "ok", "server": "headwater", "version": version("headwater")})
+
+    async def ready(http: Request) -> Response:
+        return JSONResponse({"status": "ready", "runners": len(house.pool.residents)})
+
+    async def metrics(http: Request) -> Response:
+        ready = [resident for resident in house.pool.residents if resident.state is State.READY]
+        texts = await asyncio.gather(*(resident.runner.metrics() for resident in ready))
+        labels = [{"backend": r.key.backend, "model": r.card.name, "mode": r.key.mode.value} for r in ready]
+        return Response(house.metrics.render(zip(labels, texts, strict=True)), media_type=CONTENT_TYPE)
+
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
+
+
+def _http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if http.url.path.startswith(("/v1/", "/engines/")):
+        return openai_http_error(http, error)
+    return ollama_http_error(http, error)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host in ("::1", "[::1]")
+
+
+class PortTaken(Exception):
+    """Someone else listens where we were to."""
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket. Raises PortTaken with what to do, or OSError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(_explain_taken_port(settings)) from error
+        raise
+    return listener
+
+
+def _explain_taken_port(settings: Settings) -> str:
+    who = "another program"
+    with contextlib.suppress(httpx.HTTPError):
+        if '"headwater"' in httpx.get(f"{settings.base_url}/health", timeout=2).text:
+            who = "Headwater"
+        elif "Ollama is running" in httpx.get(settings.base_url, timeout=2).text:
+            who = "Ollama"
+    return (
+        f"{who} is already listening there. Stop it first, or choose another address: "
+        "OLLAMA_HOST=127.0.0.1:11500 headwater serve"
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that signals end `serve` and nothing else.
+
+    uvicorn raises them again once it is done, which would end the process before the house is closed.
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Turn SIGTERM and SIGINT into an orderly end; a second SIGINT into a quick one."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+async def run(settings: Settings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT; running requests may finish within the grace time."""
+    house = House(settings)
+    await asyncio.to_thread(seed_demo, settings.models, settings.data / "seeded")
+    await house.open()
+    try:
+        config = uvicorn.Config(
+            make_app(house),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=_whole_seconds(settings.shutdown_grace_s),
+        )
+        server = _Server(config)
+        log.info("Headwater %s listens on %s, models in %s", version("headwater"), settings.base_url, settings.models)
+        await server.serve(sockets=[listener])
+    finally:
+        await house.close()
+
+
+def _whole_seconds(seconds: float) -> int | None:
+    return None if seconds == float("inf") else max(1, round(seconds))
+
+
+def serve(settings: Settings) -> int:
+    """Run the server in the foreground; returns the exit status."""
+    set_up_logging(debug=settings.debug)
+    try:
+        listener = bind(settings)
+    except (PortTaken, OSError) as error:
+        sys.stderr.write(f"headwater: cannot listen on {settings.host}:{settings.port}: {error}\n")
+        return 1
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True)
+        uvicorn_loop = uvicorn.Config("", log_config=None).get_loop_factory()
+        with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+            runner.run(run(settings, listener))
+    except HeadwaterError as error:
+        sys.stderr.write(f"headwater: {error.message}\n")
+        return 1
+    return 0

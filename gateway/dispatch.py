@@ -1,0 +1,240 @@
+"""One request's way through the house: find the model, get a place, run, put on record, give the place back.
+
+What a dialect may ask of the house (`compat.services.Services`) ends here. Every event passes `Answering`, which sees
+the end whatever it is: the row is committed before the last event leaves, and a caller who closes early becomes a
+cancel whose true cost is asked of the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from engines.errors import Cancelled, HeadwaterError
+from engines.events import ChoiceFinished, Event, Finished, FinishReason, Timings, Usage
+from engines.model import ModelCard, ModelDescription, RunnerStatus
+from engines.request import GenerateRequest, LoadOptions, Message, Mode
+from engines.store.catalog import Catalog
+from gateway.accounting import CLIENT_GONE, Account, Accounts
+from gateway.pool import Lease, Pool, RunnerKey
+from gateway.runner import Reply, Runner
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NUM_CTX = 4096
+MIN_NUM_CTX = 4
+
+
+class Dispatch:
+    """The house as the dialects see it.
+
+    Args:
+        num_ctx: window where neither request nor model says one; 0 lets us choose.
+    """
+
+    def __init__(
+        self, catalog: Catalog, pool: Pool[Runner], accounts: Accounts, *, backend: str, num_ctx: int = 0
+    ) -> None:
+        self._catalog = catalog
+        self._pool = pool
+        self._accounts = accounts
+        self._backend = backend
+        self._num_ctx = num_ctx or DEFAULT_NUM_CTX
+
+    async def find(self, name: str) -> ModelCard:
+        """The model of that name."""
+        return await asyncio.to_thread(self._catalog.find, name)
+
+    async def list_models(self) -> list[ModelCard]:
+        """Every installed model, last modified first."""
+        return await asyncio.to_thread(self._catalog.list)
+
+    async def describe(self, name: str) -> ModelDescription:
+        """The model with its whole GGUF header."""
+        return await asyncio.to_thread(self._catalog.describe, name)
+
+    def list_runners(self) -> list[RunnerStatus]:
+        """What is loaded."""
+        return self._pool.statuses()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Admit a request and return its events."""
+        account = self._accounts.claim(request, mode=Mode.COMPLETION)
+        try:
+            card = await self._identify(account, request)
+            lease = await self._acquire(account, request, card)
+            try:
+                reply = await lease.runner.generate(_complete(request, card))
+            except BaseException:
+                self._pool.release(lease.resident)
+                raise
+        except HeadwaterError as error:
+            account.error = error
+            await self._refuse(account, error)
+            raise
+        return Answering(self._pool, self._accounts, account, lease, reply)
+
+    async def load(self, request: GenerateRequest) -> None:
+        """Make the request's model resident without generating."""
+        account = self._accounts.claim(request, mode=Mode.COMPLETION)
+        try:
+            card = await self._identify(account, request)
+            lease = await self._acquire(account, request, card)
+        except HeadwaterError as error:
+            await self._refuse(account, error)
+            raise
+        self._pool.release(lease.resident)
+        timings = _timings(Timings(), lease, account, ttft_s=0.0)
+        await self._accounts.settle(account, status=200, reason=FinishReason.LOAD.value, timings=timings)
+
+    async def unload(self, request: GenerateRequest) -> None:
+        """Unload the request's model once its running requests are done."""
+        account = self._accounts.claim(request, mode=Mode.COMPLETION)
+        card = await self._identify(account, request)
+        self._pool.unload(card.weights_digest)
+        await self._accounts.settle(account, status=200, reason=FinishReason.UNLOAD.value)
+
+    async def _identify(self, account: Account, request: GenerateRequest) -> ModelCard:
+        card = await self.find(request.model)
+        account.model, account.model_digest, account.backend = card.name, card.digest, self._backend
+        return card
+
+    async def _acquire(self, account: Account, request: GenerateRequest, card: ModelCard) -> Lease[Runner]:
+        account.is_waiting = True
+        try:
+            return await self._pool.acquire(self._key(request, card), card, request.keep_alive_s)
+        finally:
+            account.is_waiting = False
+
+    def _key(self, request: GenerateRequest, card: ModelCard) -> RunnerKey:
+        """Which runner can serve a request: its window is bounded by what the model was trained with."""
+        options = request.load.over(card.load)
+        wanted = max(options.num_ctx or self._num_ctx, MIN_NUM_CTX)
+        num_ctx = min(wanted, card.context_length) if card.context_length else wanted
+        return RunnerKey(
+            backend=self._backend,
+            model=card.weights_digest,
+            mode=Mode.COMPLETION,
+            options=replace(options, num_ctx=None),
+            num_ctx=num_ctx,
+        )
+
+    async def _refuse(self, account: Account, error: HeadwaterError) -> None:
+        account.error = error
+        await self._accounts.settle(account, status=error.status, reason=_reason(error))
+
+
+def _complete(request: GenerateRequest, card: ModelCard) -> GenerateRequest:
+    """The request with what the model and the dialect say where the client said nothing."""
+    load: LoadOptions = request.load.over(card.load)
+    messages = request.messages
+    if messages and card.system and messages[0].role != "system":
+        messages = (Message("system", card.system), *messages)
+    sampling = request.sampling.over(card.sampling).over(request.defaults)
+    return replace(request, messages=messages, sampling=sampling, load=load)
+
+
+def _reason(error: HeadwaterError) -> str:
+    """How the ledger names the end: the engine's own failures are errors, everything else was refused."""
+    if isinstance(error, Cancelled):
+        return FinishReason.CANCEL.value
+    return FinishReason.ERROR.value if error.status == 500 else "refused"
+
+
+def _timings(engine: Timings, lease: Lease[Runner], account: Account, *, ttft_s: float) -> Timings:
+    """The engine's times with what was spent before the request reached it."""
+    return Timings(
+        queue_s=engine.queue_s + (0.0 if lease.loaded else lease.waited_s),
+        load_s=lease.waited_s if lease.loaded else 0.0,
+        prefill_s=engine.prefill_s,
+        decode_s=engine.decode_s,
+        ttft_s=ttft_s,
+        total_s=account.elapsed_s,
+    )
+
+
+class Answering:
+    """The events of one admitted request on their way to the dialect.
+
+    A class and not a generator, because closing a generator that was never started runs none of its code, and a place
+    on a runner must be given back all the same.
+    """
+
+    def __init__(
+        self, pool: Pool[Runner], accounts: Accounts, account: Account, lease: Lease[Runner], reply: Reply
+    ) -> None:
+        self._pool = pool
+        self._accounts = accounts
+        self._account = account
+        self._lease = lease
+        self._reply = reply
+        self._ttft_s = 0.0
+        self._delivered = Usage()
+        self._is_over = False
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            event = await anext(self._reply)
+        except StopAsyncIteration:
+            raise await self._fail(HeadwaterError("the worker's answer ended without an end")) from None
+        except HeadwaterError as error:
+            raise await self._fail(error) from None
+        if isinstance(event, Finished):
+            return await self._finish(event)
+        if not self._ttft_s and not isinstance(event, ChoiceFinished):
+            self._ttft_s = self._account.elapsed_s
+        self._delivered = self._reply.usage
+        return event
+
+    async def _finish(self, event: Finished) -> Finished:
+        """The last event leaves once the row is committed."""
+        self._is_over = True
+        timings = _timings(event.timings, self._lease, self._account, ttft_s=self._ttft_s or self._account.elapsed_s)
+        self._pool.release(self._lease.resident)
+        recorded = self._accounts.settle(
+            self._account, status=200, reason=event.reason.value, usage=event.usage, timings=timings
+        )
+        await asyncio.shield(asyncio.gather(self._reply.finish(), recorded))
+        return replace(event, timings=timings)
+
+    async def _fail(self, error: HeadwaterError) -> HeadwaterError:
+        self._is_over = True
+        self._account.error = error
+        self._pool.release(self._lease.resident)
+        await self._reply.aclose()
+        await self._accounts.settle(
+            self._account,
+            status=error.status,
+            reason=_reason(error),
+            usage=self._reply.usage,
+            timings=_timings(Timings(), self._lease, self._account, ttft_s=self._ttft_s),
+        )
+        return error
+
+    async def aclose(self) -> None:
+        """The caller left, unless the answer is over: cancel, and record what it has cost."""
+        if not self._is_over:
+            self._is_over = True
+            await asyncio.shield(asyncio.ensure_future(self._abandon()))
+
+    async def _abandon(self) -> None:
+        try:
+            cost = await self._reply.cancel()
+        finally:
+            self._pool.release(self._lease.resident)
+        usage, engine = cost or (self._reply.usage, Timings())
+        await self._accounts.settle(
+            self._account,
+            status=CLIENT_GONE,
+            reason=FinishReason.CANCEL.value,
+            usage=usage,
+            timings=_timings(engine, self._lease, self._account, ttft_s=self._ttft_s),
+            wasted_tokens=max(usage.completion_tokens - self._delivered.completion_tokens, 0),
+        )

@@ -1,0 +1,239 @@
+"""The parent's handle on one worker: start it, wait until it is ready, talk to it, stop it.
+
+Owns the Backend's `run` task and the HTTP connections to the worker's socket. Which models run, and for whom, is the
+pool's business. The surprise: `generate` returns only after the worker has admitted the request, so that its refusals
+are raised here, before anything was streamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from engines.backend import Backend, BackendConfiguration
+from engines.errors import HeadwaterError, ModelLoadFailed, WorkerCrashed
+from engines.events import Event, Timings, Usage
+from engines.request import GenerateRequest, Mode
+from engines.wire import (
+    DONE,
+    ORIGIN_HEADER,
+    REQUEST_ID_HEADER,
+    EventDecoder,
+    decode_cost,
+    decode_error,
+    encode_request,
+    path_of,
+)
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.02
+EXPLAIN_S = 3.0
+"""How long a broken connection waits for the worker's end to explain it."""
+
+
+class Health(msgspec.Struct):
+    """What a ready worker says of itself."""
+
+    num_ctx: int = 0
+    size_bytes: int = 0
+
+
+class Runner:
+    """One worker.
+
+    Args:
+        model: the id that the worker answers to. model_ref: the name behind it, for people.
+        on_exit: called when the worker has ended by itself, with the reason.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        socket: Path,
+        *,
+        model: str,
+        model_ref: str,
+        mode: Mode,
+        config: BackendConfiguration,
+        on_exit: Callable[[HeadwaterError], None],
+    ) -> None:
+        self.model = model
+        self.health = Health()
+        self._backend = backend
+        self._socket = socket
+        self._model_ref = model_ref
+        self._mode = mode
+        self._config = config
+        self._on_exit = on_exit
+        self._running: asyncio.Task[None] | None = None
+        self._exit: HeadwaterError | None = None
+        self._is_stopping = False
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None)),
+            base_url="http://worker",
+            timeout=httpx.Timeout(None, connect=10),
+        )
+
+    def __repr__(self) -> str:
+        return f"<Runner {self._model_ref} {self._socket.name}>"
+
+    async def start(self, timeout_s: float) -> None:
+        """Start the worker and wait until it is ready.
+
+        Raises:
+            ModelLoadFailed: it could not load the model, or took longer than `timeout_s`.
+        """
+        self._running = asyncio.create_task(self._run(), name=repr(self))
+        try:
+            async with asyncio.timeout(timeout_s if timeout_s != float("inf") else None):
+                while not await self._is_ready():
+                    if self._exit is not None:
+                        raise self._exit
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            await self.stop()
+            raise ModelLoadFailed(f"{self._model_ref} was not ready within {timeout_s:g} s") from None
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _run(self) -> None:
+        """The worker's whole life; however it ends is told once."""
+        try:
+            await self._backend.run(self._socket, self.model, self._model_ref, self._mode, self._config)
+        except HeadwaterError as error:
+            self._exit = error
+        except OSError as error:
+            self._exit = ModelLoadFailed(f"could not start a worker: {error}")
+        else:
+            self._exit = WorkerCrashed("the worker ended without a reason")
+        if not self._is_stopping:
+            log.warning("%r ended: %s", self, self._exit.message.splitlines()[0])
+            self._on_exit(self._exit)
+
+    async def _is_ready(self) -> bool:
+        try:
+            response = await self._http.get("/health", timeout=2)
+        except httpx.TransportError:
+            return False
+        if response.status_code != 200:
+            return False
+        self.health = msgspec.json.decode(response.content, type=Health)
+        return True
+
+    async def generate(self, request: GenerateRequest) -> Reply:
+        """Submit a request; returns once it is admitted. Raises what the worker refused it with, or WorkerCrashed."""
+        http_request = self._http.build_request(
+            "POST",
+            path_of(request),
+            content=encode_request(request, self.model),
+            headers={ORIGIN_HEADER: request.origin.surface, REQUEST_ID_HEADER: request.id},
+        )
+        try:
+            response = await self._http.send(http_request, stream=True)
+            if response.status_code != 200:
+                raise _refusal(await response.aread())
+        except httpx.TransportError as error:
+            raise await self._explain(error) from error
+        return Reply(self, request.id, response)
+
+    async def cancel(self, request_id: str) -> tuple[Usage, Timings] | None:
+        """End a request within a step; what it has cost, or None when the worker no longer knows it."""
+        try:
+            response = await self._http.post(f"/cancel/{request_id}", timeout=10)
+        except httpx.HTTPError:
+            return None
+        return decode_cost(response.content) if response.status_code == 200 else None
+
+    async def metrics(self) -> str:
+        """The worker's Prometheus text, empty when it does not answer at once."""
+        try:
+            response = await self._http.get("/metrics", timeout=1)
+        except httpx.HTTPError:
+            return ""
+        return response.text if response.status_code == 200 else ""
+
+    async def stop(self) -> None:
+        """End the worker and wait until nothing is left of it. Harmless when done twice."""
+        self._is_stopping = True
+        if self._running is not None and not self._running.done():
+            self._running.cancel()
+            await asyncio.wait({self._running})
+        await self._http.aclose()
+
+    async def _explain(self, error: Exception) -> HeadwaterError:
+        """Why a connection broke: the worker's own end, if it ended."""
+        if self._running is not None:
+            await asyncio.wait({self._running}, timeout=EXPLAIN_S)
+        return self._exit or WorkerCrashed(f"the connection to the model's worker broke: {error!r}")
+
+
+class Reply:
+    """The events of one admitted request."""
+
+    def __init__(self, runner: Runner, request_id: str, response: httpx.Response) -> None:
+        self._runner = runner
+        self._id = request_id
+        self._response = response
+        self._decoder = EventDecoder()
+        self._events = self._read()
+
+    @property
+    def usage(self) -> Usage:
+        """What the request had cost at the event read last."""
+        return self._decoder.usage
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        return await anext(self._events)
+
+    async def _read(self) -> AsyncIterator[Event]:
+        try:
+            async for data in _sse_data(self._response.aiter_raw()):
+                for event in self._decoder.decode(data) if data != DONE else ():
+                    yield event
+        except httpx.TransportError as error:
+            raise await self._runner._explain(error) from error  # noqa: SLF001  # the two are one thing in two parts
+
+    async def cancel(self) -> tuple[Usage, Timings] | None:
+        """End the request and give the connection back; what it has cost, if the worker could tell."""
+        cost = await self._runner.cancel(self._id)
+        await self._response.aclose()
+        return cost
+
+    async def finish(self) -> None:
+        """Read what comes after the last event, which is nothing of interest, so that the connection can be reused."""
+        with contextlib.suppress(HeadwaterError):
+            async for _ in self:
+                pass
+        await self._response.aclose()
+
+    async def aclose(self) -> None:
+        """Let go of the connection."""
+        await self._response.aclose()
+
+
+async def _sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The `data:` payloads of a stream whose events are single lines, which is what OpenAI servers send."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+def _refusal(body: bytes) -> HeadwaterError:
+    try:
+        return decode_error(msgspec.json.decode(body)["error"])
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+        return HeadwaterError(f"the worker refused: {body[:300].decode('utf-8', 'replace')}")

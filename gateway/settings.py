@@ -1,0 +1,177 @@
+"""What the server is told from outside, read once at the edge.
+
+Every `OLLAMA_*` variable that users already set keeps its meaning (`spec/ollama.md` section 12); ours are
+`HEADWATER_*`. A bad value stops the start and names the variable, the value and what is accepted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import platformdirs
+from compat.browser import parse_origins
+from compat.keep_alive import parse_keep_alive
+
+from engines.errors import BadRequest
+
+T = TypeVar("T")
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+DEFAULT_PORT = 11434
+_HOST = re.compile(
+    r"(?:(?P<scheme>https?)://)?"
+    r"(?P<host>\[[^\]]*\]|[^:/]*|[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*)"
+    r"(?::(?P<port>\d+))?(?:/.*)?"
+)
+
+
+class SettingsError(ValueError):
+    """A variable has a value that means nothing."""
+
+    def __init__(self, variable: str, value: str, accepted: str) -> None:
+        super().__init__(f"{variable}={value!r} is not valid: expected {accepted}")
+        self.variable = variable
+        self.value = value
+        self.accepted = accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set.
+
+    Attributes:
+        models: the store, in Ollama's layout. data: database, sockets and logs.
+        keep_alive_s: how long an idle model stays; infinite for ever. load_timeout_s: the longest load.
+        num_parallel: requests a model serves at once; 0 lets the server choose.
+        max_loaded_models: models resident at once. max_queue: requests that may wait for a model or a place.
+        context_length: window where neither request nor model says one; 0 lets the server choose.
+        origins: further browser origins. trusted_proxies: peers whose word on where a request came from is believed.
+        body_limit_bytes: largest request body. shutdown_grace_s: how long running requests may go on after SIGTERM.
+    """
+
+    host: str
+    port: int
+    models: Path
+    data: Path
+    database_url: str
+    keep_alive_s: float
+    load_timeout_s: float
+    num_parallel: int
+    max_loaded_models: int
+    max_queue: int
+    context_length: int
+    origins: tuple[str, ...]
+    trusted_proxies: tuple[Network, ...]
+    body_limit_bytes: int
+    shutdown_grace_s: float
+    debug: bool
+
+    @property
+    def base_url(self) -> str:
+        """Where a client on this machine reaches the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104  # a name, not a bind
+        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """The settings that an environment describes. Raises SettingsError."""
+        read = _Reader(env)
+        host, port = read("OLLAMA_HOST", "", _host, "[http://]host[:port], such as 127.0.0.1:11434")
+        data = read("HEADWATER_DATA", platformdirs.user_data_dir("headwater"), _path, "a directory")
+        return cls(
+            host=host,
+            port=port,
+            models=read("OLLAMA_MODELS", "~/.ollama/models", _path, "a directory"),
+            data=data,
+            database_url=env.get("HEADWATER_DATABASE_URL", "") or f"sqlite+aiosqlite:///{data / 'usage.db'}",
+            keep_alive_s=read("OLLAMA_KEEP_ALIVE", "5m", _keep_alive, "seconds or a duration such as 5m, -1 for ever"),
+            load_timeout_s=read("OLLAMA_LOAD_TIMEOUT", "5m", _load_timeout, "seconds or a duration such as 5m"),
+            num_parallel=read("OLLAMA_NUM_PARALLEL", "0", _count, "a whole number, 0 to choose"),
+            max_loaded_models=read("OLLAMA_MAX_LOADED_MODELS", "0", _count, "a whole number, 0 to choose") or 3,
+            max_queue=read("OLLAMA_MAX_QUEUE", "512", _count, "a whole number"),
+            context_length=read("OLLAMA_CONTEXT_LENGTH", "0", _count, "a number of tokens, 0 to choose"),
+            origins=read("OLLAMA_ORIGINS", "", parse_origins, "a comma-separated list of origins"),
+            trusted_proxies=read(
+                "HEADWATER_TRUSTED_PROXIES",
+                "",
+                _networks,
+                "a comma-separated list of addresses or networks, such as 10.0.0.0/8",
+            ),
+            body_limit_bytes=read("HEADWATER_BODY_LIMIT", str(64 << 20), _positive, "a number of bytes"),
+            shutdown_grace_s=read(
+                "HEADWATER_SHUTDOWN_GRACE", "30s", _load_timeout, "seconds or a duration such as 30s"
+            ),
+            debug=read("OLLAMA_DEBUG", "0", _flag, "true or false"),
+        )
+
+
+class _Reader:
+    """Reads variables as Ollama does: without surrounding spaces and quotes, empty meaning unset."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = env
+
+    def __call__(self, variable: str, default: str, parse: Callable[[str], T], accepted: str) -> T:
+        value = self._env.get(variable, "").strip().strip("\"'") or default
+        try:
+            return parse(value)
+        except (ValueError, BadRequest) as error:
+            raise SettingsError(variable, value, accepted) from error
+
+
+def _host(value: str) -> tuple[str, int]:
+    """`[scheme://]host[:port][/path]`; the default port is 80 or 443 when a scheme is given."""
+    found = _HOST.fullmatch(value)
+    if found is None:
+        raise ValueError(value)
+    default = {"http": 80, "https": 443}.get(found["scheme"] or "", DEFAULT_PORT)
+    port = int(found["port"]) if found["port"] else default
+    if port > 65535:
+        raise ValueError(value)
+    host = found["host"].strip("[]")
+    only_port = not host and value.startswith(":")
+    return host or ("0.0.0.0" if only_port else "127.0.0.1"), port  # noqa: S104  # what `:1234` means to Ollama
+
+
+def _path(value: str) -> Path:
+    return Path(value).expanduser().absolute()
+
+
+def _keep_alive(value: str) -> float:
+    """Integer seconds or a Go duration."""
+    seconds = parse_keep_alive(int(value) if re.fullmatch(r"[+-]?\d+", value) else value)
+    if seconds is None:
+        raise ValueError(value)
+    return seconds
+
+
+def _load_timeout(value: str) -> float:
+    """As a keep-alive, but zero too means no limit."""
+    return _keep_alive(value) or float("inf")
+
+
+def _count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or len(value) > 9:
+        raise ValueError(value)
+    return int(value)
+
+
+def _positive(value: str) -> int:
+    if not (count := _count(value)):
+        raise ValueError(value)
+    return count
+
+
+def _flag(value: str) -> bool:
+    """Go's booleans; Ollama takes any other text for true."""
+    return value.lower() not in ("0", "f", "false")
+
+
+def _networks(value: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(part.strip(), strict=False) for part in value.split(",") if part.strip())
