@@ -57,7 +57,7 @@ class Backend(ABC):
         """Whether models come from somewhere else than our store."""
         return False
 
-    async def install(self) -> None:
+    async def install(self) -> None:  # noqa: B027  # nothing to do is the right default
         """Make `run` possible. Idempotent."""
 
     @abstractmethod
@@ -69,14 +69,13 @@ class Backend(ABC):
         Serves an OpenAI API for exactly one model on exactly one Unix socket, answers 421 for any other model and 503
         on `/health` until it is ready, never restarts by itself, and has reaped its children when it returns.
 
-        Args:
-            model: the model's id, a digest. model_ref: the name that the client used; the worker answers to both.
+        `model` is the model's id, a digest; `model_ref` the name that the client used; the worker answers to both.
 
         Raises:
             ModelLoadFailed: the model could not be loaded. WorkerCrashed: it ended later by itself.
         """
 
-    async def uninstall(self) -> None:
+    async def uninstall(self) -> None:  # noqa: B027  # nothing to do is the right default
         """Delete what `install` brought."""
 
     @abstractmethod

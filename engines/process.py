@@ -7,6 +7,7 @@ SIGTERM, a grace time, SIGKILL, always reaped. It knows nothing of models or soc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -78,10 +79,8 @@ async def _stop(child: asyncio.subprocess.Process, grace_s: float) -> None:
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already; macOS says EPERM for zombies
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # already gone; macOS says EPERM for a group of zombies
 
 
 async def _keep_tail(stream: asyncio.StreamReader, tail: deque[str], name: str) -> None:

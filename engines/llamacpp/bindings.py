@@ -16,6 +16,8 @@ from pathlib import Path
 import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
+from llguidance import LLTokenizer
+from llguidance.llamacpp import lltokenizer_from_vocab
 
 from engines.errors import ModelLoadFailed
 from engines.request import Sampling
@@ -134,6 +136,17 @@ class Model:
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a turn or, without one, the text."""
+        end_of_turn = int(lib.llama_vocab_eot(self.vocab))
+        return end_of_turn if end_of_turn >= 0 else int(lib.llama_vocab_eos(self.vocab))
+
+    def single_token(self, text: str) -> int | None:
+        """The one token that spells `text`, or None when it takes several."""
+        tokens = self.tokenize(text, add_special=False, parse_special=True)
+        return tokens[0] if len(tokens) == 1 else None
 
     def is_end(self, token: int) -> bool:
         """Whether `token` ends a generation (end of turn, of sequence, of text)."""
@@ -307,6 +320,12 @@ def fold_seed(seed: int | None) -> int:
         return int.from_bytes(os.urandom(4)) & 0x7FFFFFFF
     folded = seed & 0xFFFFFFFF
     return folded if folded != RANDOM_SEED else RANDOM_SEED - 1
+
+
+def guidance_tokenizer(model: Model) -> LLTokenizer:
+    """The vocabulary as llguidance needs it, every token that ends a generation included. Takes about a second."""
+    ends = [token for token in range(model.num_tokens) if model.is_end(token)]
+    return lltokenizer_from_vocab(model.vocab, eos_token=[model.end_token, *ends])
 
 
 def version() -> str:

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from llguidance import LLMatcher
+
 from engines.chat.jinja import CHATML, ChatTemplate
 from engines.chat.parser import ReplyParser
 from engines.chat.prompt import Prompt, PromptBuilder
@@ -25,11 +27,12 @@ from engines.errors import BadRequest, HeadwaterError, ModelNotFound, ServerBusy
 from engines.events import ChoiceFinished, Delta, Event, Finished, FinishReason, TextDelta, Timings, Usage
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
 from engines.llamacpp.bindings import Context, Model
+from engines.llamacpp.constraints import ConstrainedChooser, Grammars
 from engines.llamacpp.detokenize import TextStream
 from engines.llamacpp.loop import EngineLoop, Output
 from engines.llamacpp.sampling import make_chooser
 from engines.llamacpp.scheduler import Scheduler
-from engines.llamacpp.sequence import Sequence
+from engines.llamacpp.sequence import Sequence, TokenChooser
 from engines.request import GenerateRequest, Sampling
 from engines.store.gguf import read_header
 
@@ -100,6 +103,7 @@ class LlamaCppEngine(InferenceBackend):
         self._scheduler = Scheduler(
             num_cells=self._context.num_cells, num_slots=config.num_sequences, num_batch=self._context.num_batch
         )
+        self._grammars = Grammars(model)
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self.model_path, self.config, self._model, self._failure = path, config, model, None
 
@@ -152,8 +156,6 @@ class LlamaCppEngine(InferenceBackend):
         """Render, tokenize and submit; raises what makes the request impossible."""
         self._require_loaded()
         arrived = time.monotonic()
-        if request.format is not None:
-            raise UnsupportedFeature("constrained output (format) is not supported yet", param="format")
         if any(message.images for message in request.messages or ()):
             raise UnsupportedFeature("this model is missing data required for image input", param="images")
         sampling = request.sampling.over(DEFAULTS)
@@ -162,9 +164,16 @@ class LlamaCppEngine(InferenceBackend):
         self._require_loaded()
         if self._failure is not None:
             raise WorkerCrashed(str(self._failure))
+        matcher = None
+        if request.format is not None:  # before anything runs, so that a bad schema is refused
+            matcher = await asyncio.to_thread(self._grammars.compile, request.format)
+            self._require_loaded()
         generation = LlamaCppGeneration(self, request, prompt, arrived)
         for index in range(request.num_choices):
             sequence = self._sequence(prompt, _with_seed(sampling, index), num_ctx, arrived)
+            if matcher is not None:
+                may_think = bool(request.think) and request.messages is not None
+                sequence.sampler = self._constrain(sequence.sampler, matcher.deep_copy(), prompt, may_think=may_think)
             generation.add(sequence, index)
             self._generations[sequence] = generation
             self._loop.submit(sequence)
@@ -181,14 +190,23 @@ class LlamaCppEngine(InferenceBackend):
         finally:
             faulthandler.cancel_dump_traceback_later()
 
+    def _constrain(
+        self, chooser: TokenChooser, matcher: LLMatcher, prompt: Prompt, *, may_think: bool
+    ) -> ConstrainedChooser:
+        assert self._model is not None
+        return ConstrainedChooser(
+            self._model, self._context, chooser, matcher, in_thinking=prompt.in_thinking, may_think=may_think
+        )
+
     def _sequence(self, prompt: Prompt, sampling: Sampling, num_ctx: int, arrived: float) -> Sequence:
         assert self._model is not None
+        chooser = make_chooser(self._model, self._context, sampling, prompt.tokens, num_ctx=num_ctx)
         max_tokens = sampling.max_tokens if sampling.max_tokens is not None else -1
         return Sequence(
             tokens=list(prompt.tokens),
             num_ctx=num_ctx,
             max_tokens=max_tokens if max_tokens >= 0 else num_ctx,
-            sampler=make_chooser(self._model, self._context, sampling, prompt.tokens, num_ctx=num_ctx),
+            sampler=chooser,
             text=TextStream(self._model.piece, self._model.is_end, sampling.stop or ()),
             arrived=arrived,
         )

@@ -47,11 +47,13 @@ class Terminal:
         return before
 
     def interrupt_prompt(self, text: str) -> None:
-        """Interrupt until `text` is shown: readline misses a signal between printing its prompt and waiting for keys."""
+        """Interrupt until `text` is shown: readline misses a signal between its prompt and its wait for keys."""
+        self.process.send_signal(signal.SIGINT)
         while text not in self.shown[self._read_to :]:
-            self.process.send_signal(signal.SIGINT)
             if select.select([self._screen], [], [], 1.0)[0]:
                 self._take()
+            else:
+                self.process.send_signal(signal.SIGINT)
         self.expect(text)
 
     def type(self, text: str) -> None:
