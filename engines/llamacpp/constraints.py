@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from llguidance._lib import JsonCompileOptions  # noqa: PLC2701  # only there is it exported
 
 from engines.chat.parser import THINK
 from engines.errors import BadRequest
 from engines.llamacpp.bindings import Context, Model, guidance_tokenizer
 from engines.llamacpp.sequence import TokenChooser
 from engines.request import OutputFormat
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions  # exists for type checkers only
 
 log = logging.getLogger(__name__)
 
