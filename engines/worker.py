@@ -169,6 +169,7 @@ async def serve(engine: InferenceBackend, socket: Path, model: Path, config: Loa
             log_level="warning",
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=3600,  # the gateway keeps connections for reuse
             timeout_graceful_shutdown=5,
         )
     )

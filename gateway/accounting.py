@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.errors import HeadwaterError
+from engines.errors import HeadwaterError, ModelNotFound
 from engines.events import FinishReason, Timings, Usage
 from engines.request import GenerateRequest, Mode, Origin
 from engines.wire import ORIGIN_HEADER, REQUEST_ID_HEADER
@@ -198,26 +198,23 @@ class RequestMiddleware:
                 request_id, resolved.origin, scope["path"], started_at=time.time(), arrived=time.monotonic()
             )
             self._accounts.open(account)
-        await _Responder(self._app, self._accounts, account, resolved.origin, request_id, send).respond(scope, receive)
+        await _Responder(self._app, self._accounts, account, scope, send).respond(receive)
 
 
 class _Responder:
     """One request's response on its way out."""
 
-    def __init__(
-        self, app: ASGIApp, accounts: Accounts, account: Account | None, origin: Origin, request_id: str, send: Send
-    ) -> None:
+    def __init__(self, app: ASGIApp, accounts: Accounts, account: Account | None, scope: Scope, send: Send) -> None:
         self._app = app
         self._accounts = accounts
         self._account = account
-        self._origin = origin
-        self._request_id = request_id
+        self._scope = scope
         self._send = send
         self._status = CLIENT_GONE
 
-    async def respond(self, scope: Scope, receive: Receive) -> None:
+    async def respond(self, receive: Receive) -> None:
         try:
-            await self._app(scope, receive, self.send)
+            await self._app(self._scope, receive, self.send)
         finally:
             await self._settle(FinishReason.CANCEL.value, CLIENT_GONE)
 
@@ -225,14 +222,21 @@ class _Responder:
         """Add our headers to the start, and settle before the end."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers[REQUEST_ID_HEADER] = headers["Request-Id"] = self._request_id
-            headers[ORIGIN_HEADER] = render_origin(self._origin)
+            state, headers = self._scope["state"], MutableHeaders(scope=message)
+            headers[REQUEST_ID_HEADER] = headers["Request-Id"] = state["request_id"]
+            headers[ORIGIN_HEADER] = render_origin(state["origin"])
         elif not message.get("more_body", False):
             reason = REFUSED if self._status >= 400 else FinishReason.CANCEL.value
             await self._settle(reason, self._status)
         await self._send(message)
 
     async def _settle(self, reason: str, status: int) -> None:
-        if self._account is not None:
-            await self._accounts.settle(self._account, status=status, reason=reason)
+        """Settle what nobody has settled; a dialect leaves the error that it rendered in the request's state."""
+        if self._account is None:
+            return
+        error = self._scope["state"].get("error")
+        if isinstance(error, HeadwaterError):
+            self._account.error = self._account.error or error
+            if isinstance(error, ModelNotFound):
+                self._account.model = self._account.model or error.name
+        await self._accounts.settle(self._account, status=status, reason=reason)

@@ -208,7 +208,7 @@ class Answering:
         self._is_over = True
         self._account.error = error
         self._pool.release(self._lease.resident)
-        await self._reply.aclose()
+        self._reply.close()
         await self._accounts.settle(
             self._account,
             status=error.status,

@@ -13,7 +13,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import httpx
 import msgspec
 
 from engines.backend import Backend, BackendConfiguration
@@ -30,6 +29,7 @@ from engines.wire import (
     encode_request,
     path_of,
 )
+from gateway.connection import Client, ConnectionBroken, Response
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,7 @@ class Runner:
         self._running: asyncio.Task[None] | None = None
         self._exit: HeadwaterError | None = None
         self._is_stopping = False
-        self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None)),
-            base_url="http://worker",
-            timeout=httpx.Timeout(None, connect=10),
-        )
+        self._client = Client(socket)
 
     def __repr__(self) -> str:
         return f"<Runner {self._model_ref} {self._socket.name}>"
@@ -119,46 +115,41 @@ class Runner:
             self._on_exit(self._exit)
 
     async def _is_ready(self) -> bool:
-        try:
-            response = await self._http.get("/health", timeout=2)
-        except httpx.TransportError:
+        found = await self._ask("GET", "/health", timeout_s=2)
+        if found is None:
             return False
-        if response.status_code != 200:
-            return False
-        self.health = msgspec.json.decode(response.content, type=Health)
+        self.health = msgspec.json.decode(found, type=Health)
         return True
 
     async def generate(self, request: GenerateRequest) -> Reply:
         """Submit a request; returns once it is admitted. Raises what the worker refused it with, or WorkerCrashed."""
-        http_request = self._http.build_request(
-            "POST",
-            path_of(request),
-            content=encode_request(request, self.model),
-            headers={ORIGIN_HEADER: request.origin.surface, REQUEST_ID_HEADER: request.id},
-        )
+        headers = {ORIGIN_HEADER: request.origin.surface, REQUEST_ID_HEADER: request.id}
         try:
-            response = await self._http.send(http_request, stream=True)
-            if response.status_code != 200:
-                raise _refusal(await response.aread())
-        except httpx.TransportError as error:
-            raise await self._explain(error) from error
+            response = await self._client.send("POST", path_of(request), encode_request(request, self.model), headers)
+            if response.status != 200:
+                raise _refusal(await response.read())
+        except ConnectionBroken as error:
+            raise await self.explain(error) from error
         return Reply(self, request.id, response)
 
     async def cancel(self, request_id: str) -> tuple[Usage, Timings] | None:
         """End a request within a step; what it has cost, or None when the worker no longer knows it."""
-        try:
-            response = await self._http.post(f"/cancel/{request_id}", timeout=10)
-        except httpx.HTTPError:
-            return None
-        return decode_cost(response.content) if response.status_code == 200 else None
+        found = await self._ask("POST", f"/cancel/{request_id}", timeout_s=10)
+        return decode_cost(found) if found is not None else None
 
     async def metrics(self) -> str:
         """The worker's Prometheus text, empty when it does not answer at once."""
+        return (await self._ask("GET", "/metrics", timeout_s=1) or b"").decode("utf-8", "replace")
+
+    async def _ask(self, method: str, path: str, *, timeout_s: float) -> bytes | None:
+        """The body of a 200, or None for whatever else happens."""
         try:
-            response = await self._http.get("/metrics", timeout=1)
-        except httpx.HTTPError:
-            return ""
-        return response.text if response.status_code == 200 else ""
+            async with asyncio.timeout(timeout_s):
+                response = await self._client.send(method, path)
+                body = await response.read()
+        except (ConnectionBroken, TimeoutError):
+            return None
+        return body if response.status == 200 else None
 
     async def stop(self) -> None:
         """End the worker and wait until nothing is left of it. Harmless when done twice."""
@@ -166,9 +157,9 @@ class Runner:
         if self._running is not None and not self._running.done():
             self._running.cancel()
             await asyncio.wait({self._running})
-        await self._http.aclose()
+        self._client.close()
 
-    async def _explain(self, error: Exception) -> HeadwaterError:
+    async def explain(self, error: Exception) -> HeadwaterError:
         """Why a connection broke: the worker's own end, if it ended."""
         if self._running is not None:
             await asyncio.wait({self._running}, timeout=EXPLAIN_S)
@@ -178,7 +169,7 @@ class Runner:
 class Reply:
     """The events of one admitted request."""
 
-    def __init__(self, runner: Runner, request_id: str, response: httpx.Response) -> None:
+    def __init__(self, runner: Runner, request_id: str, response: Response) -> None:
         self._runner = runner
         self._id = request_id
         self._response = response
@@ -198,16 +189,16 @@ class Reply:
 
     async def _read(self) -> AsyncIterator[Event]:
         try:
-            async for data in _sse_data(self._response.aiter_raw()):
+            async for data in _sse_data(self._response.chunks()):
                 for event in self._decoder.decode(data) if data != DONE else ():
                     yield event
-        except httpx.TransportError as error:
-            raise await self._runner._explain(error) from error  # noqa: SLF001  # the two are one thing in two parts
+        except ConnectionBroken as error:
+            raise await self._runner.explain(error) from error
 
     async def cancel(self) -> tuple[Usage, Timings] | None:
         """End the request and give the connection back; what it has cost, if the worker could tell."""
         cost = await self._runner.cancel(self._id)
-        await self._response.aclose()
+        self._response.close()
         return cost
 
     async def finish(self) -> None:
@@ -215,11 +206,11 @@ class Reply:
         with contextlib.suppress(HeadwaterError):
             async for _ in self:
                 pass
-        await self._response.aclose()
+        self._response.close()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Let go of the connection."""
-        await self._response.aclose()
+        self._response.close()
 
 
 async def _sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

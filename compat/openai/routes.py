@@ -171,6 +171,7 @@ def endpoint(handler: Handler, prompt_param: str = "messages") -> Handler:
         try:
             return await handler(http)
         except Exception as error:  # noqa: BLE001  the dialect's outermost edge: every request gets an answer
+            http.state.error = error  # for whoever keeps the accounts
             return error_response(error, prompt_param)
 
     return answer

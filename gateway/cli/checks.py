@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 import msgspec
-import psutil  # type: ignore[import-untyped]  # ships no type information
+import psutil
 
 from engines.store.catalog import Catalog
 from engines.store.manifests import walk
