@@ -7,21 +7,24 @@ prompts as long as the worker's, template included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from benchmarks.bare import BareRates, run_bare
-from benchmarks.hop import Hop
-from benchmarks.load import OLLAMA, OPENAI, LoadRates
-from benchmarks.server import run_server
+from benchmarks.bare import BareOptions, BareRates, run_bare
+from benchmarks.hop import Hop, measure_hop
+from benchmarks.load import OLLAMA, OPENAI, Dialect, LoadRates, make_prompts, run_load, summarize
+from benchmarks.server import Server, run_server
 from engines.inference import LoadConfig
 
 MODEL = "bench"
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent.parent / "engines" / "store" / "demo" / "demo.gguf"
 DIALECTS = (OLLAMA, OPENAI)
+WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,10 @@ class Round:
     bare: BareRates
     gateway: dict[str, LoadRates]
 
+    def ratio(self, dialect: str) -> float:
+        """Decode throughput through the gateway, as a share of the limit's."""
+        return self.gateway[dialect].decode_tps / self.bare.decode_tps
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
@@ -52,16 +59,63 @@ class DecodeResult:
     rounds: list[Round]
     hop: Hop | None
 
+    def of(self, clients: int) -> list[Round]:
+        """The rounds with that many clients."""
+        return [each for each in self.rounds if each.clients == clients]
+
+    def ratio(self, clients: int, dialect: str) -> float:
+        """The median of the rounds' ratios."""
+        return statistics.median(each.ratio(dialect) for each in self.of(clients))
+
 
 def measure_decode(weights: Path, options: DecodeOptions, report: Callable[[str], None]) -> DecodeResult:
-    """Run the scenario; `report` is told of each round. Raises ServerFailed or RequestFailed."""
-    seeds = count(1)
+    """Run the scenario; `report` is told of each step.
+
+    Raises:
+        ServerFailed, RequestFailed, CalledProcessError: the server, a request or the bare loop failed.
+    """
+    seeds = count()
     with run_server({MODEL: weights, DEMO: DEMO_WEIGHTS}) as server:
-        warm = _load(server, 0, MODEL, DecodeOptions((1,), 8, options.prompt, 1, 0), 1)
+        report("loading the model")
+        warm = _load(server, OLLAMA, make_prompts(1, options.prompt, next(seeds)), WARM_UP_TOKENS)
         config = server.worker_of(weights).config
         rounds = []
         for clients in options.clients:
+            limit = _bare_options(weights, config, clients, warm.prompt_tokens, options.tokens)
             for turn in range(options.repeat):
-                bare = run_bare(_bare_options(weights, config, clients, warm.prompt_tokens, options.tokens))
-                gateway = {}
-    return DecodeResult(config, rounds, None)
+                report(f"clients {clients}, round {turn + 1} of {options.repeat}")
+                bare = run_bare(limit)
+                prompts = (make_prompts(clients, options.prompt, seed) for seed in seeds)
+                rounds.append(Round(clients, bare, _gateway_turn(server, prompts, options.tokens)))
+        return DecodeResult(config, rounds, _hop(server, options.hops, report))
+
+
+def _gateway_turn(server: Server, prompts: Iterator[list[str]], tokens: int) -> dict[str, LoadRates]:
+    """Each dialect once, with prompts that the server has never seen."""
+    return {dialect.name: _load(server, dialect, next(prompts), tokens) for dialect in DIALECTS}
+
+
+def _load(server: Server, dialect: Dialect, prompts: Sequence[str], tokens: int) -> LoadRates:
+    return summarize(asyncio.run(run_load(server.base_url, dialect, MODEL, prompts, tokens)))
+
+
+def _bare_options(weights: Path, config: LoadConfig, clients: int, prompt: int, tokens: int) -> BareOptions:
+    assert config.context_size is not None
+    return BareOptions(
+        model=str(weights),
+        sequences=clients,
+        prompt=prompt,
+        tokens=tokens,
+        num_cells=config.context_size * config.num_parallel,
+        num_sequences=max(config.num_sequences, clients),
+        num_batch=config.num_batch,
+        num_threads=config.num_threads,
+    )
+
+
+def _hop(server: Server, requests: int, report: Callable[[str], None]) -> Hop | None:
+    if not requests:
+        return None
+    report("the gateway hop")
+    asyncio.run(run_load(server.base_url, OPENAI, DEMO, make_prompts(1, 8, 0), WARM_UP_TOKENS))
+    return measure_hop(server.base_url, DEMO, server.worker_of(DEMO_WEIGHTS), requests)

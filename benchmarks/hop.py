@@ -68,7 +68,7 @@ def _time(http: httpx.Client, path: str, body: bytes) -> tuple[float, float]:
     sent = time.perf_counter()
     with http.stream("POST", path, content=body, headers={"Content-Type": "application/json"}) as response:
         pieces = response.iter_raw()
-        start = next(pieces)
+        start = next(pieces, b"")
         first = time.perf_counter()
         rest = b"".join(pieces)
     whole = time.perf_counter()

@@ -1,8 +1,9 @@
 """Load on a server: N clients at once, each streaming one greedy answer, timed as its user sees it.
 
-Bytes and their arrival times are kept and read only when all is over, because the machine that is measured is usually
-also this one. What is exact: token counts, which the server's last message gives. What is not: a chunk is taken to
-carry an equal share of its answer's tokens.
+The machine that is measured is usually also this one, so bytes are only kept with their arrival times, and even HTTP is
+read when all is over; through httpx a token costs as much processor time as it costs the gateway. What is exact: token
+counts, which the server's last message gives. What is not: a chunk is taken to carry an equal share of its answer's
+tokens.
 
 Decode throughput is measured while all N clients decode together, from the last client's first token to the first
 client's last one, as the sum of what each client gets in between. So prefill is left out, as in `benchmarks.bare`.
@@ -19,10 +20,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from urllib.parse import urlsplit
 
-import httpx
+import httptools
 
 from engines.request import JSON
+
+Piece = tuple[float, bytes]
+"""When some bytes arrived, and the bytes."""
+
+LIMIT_S = 600.0
+"""Of one run; a server that hangs fails the benchmark instead of stopping it."""
 
 
 class RequestFailed(Exception):
@@ -40,7 +48,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How to ask for `tokens` greedy tokens (arguments of `body`: model, prompt, tokens), and how to read the answer."""
+    """How to ask for greedy tokens (`body` takes model, prompt, tokens), and how to read the answer."""
 
     name: str
     path: str
@@ -168,29 +176,67 @@ def summarize(answers: Sequence[Answer]) -> LoadRates:
 
 
 async def run_load(base_url: str, dialect: Dialect, model: str, prompts: Sequence[str], tokens: int) -> list[Answer]:
-    """One client for each prompt, all at once.
+    """One client for each prompt, each with a connection of its own, all at once.
 
     Raises:
         RequestFailed: one of them was refused or broke off.
     """
-    limits = httpx.Limits(max_connections=len(prompts))
-    async with httpx.AsyncClient(base_url=base_url, timeout=600, limits=limits, trust_env=False) as http:
-        bodies = [dialect.body(model, prompt, tokens) for prompt in prompts]
-        return await asyncio.gather(*(_ask(http, dialect, body) for body in bodies))
+    url = urlsplit(base_url)
+    assert url.hostname is not None
+    bodies = [json.dumps(dialect.body(model, prompt, tokens)).encode() for prompt in prompts]
+    asking = [_ask(url.hostname, url.port or 80, dialect.path, body) for body in bodies]
+    exchanges = await asyncio.wait_for(asyncio.gather(*asking), LIMIT_S)
+    return [read_answer(dialect, sent, read_body(received), ended) for sent, received, ended in exchanges]
 
 
-async def _ask(http: httpx.AsyncClient, dialect: Dialect, body: JSON) -> Answer:
-    sent = time.perf_counter()
-    async with http.stream("POST", dialect.path, json=body) as response:
-        pieces = [(time.perf_counter(), piece) async for piece in response.aiter_raw()]
-    ended = time.perf_counter()
-    if response.status_code != 200:
-        raise RequestFailed(b"".join(piece for _, piece in pieces).decode("utf-8", "replace"))
-    return read_answer(dialect, sent, pieces, ended)
+async def _ask(host: str, port: int, path: str, body: bytes) -> tuple[float, list[Piece], float]:
+    """When the request was sent, everything that came back, and when the server hung up."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        sent = time.perf_counter()
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        received = []
+        while data := await reader.read(1 << 16):
+            received.append((time.perf_counter(), data))
+        return sent, received, time.perf_counter()
+    finally:
+        writer.close()
 
 
-def read_answer(dialect: Dialect, sent: float, pieces: Sequence[tuple[float, bytes]], ended: float) -> Answer:
-    """What (arrival, bytes) pieces of a stream amount to. A line arrives with the piece that completes it."""
+class _Response:
+    """What httptools finds in a response; it calls these methods."""
+
+    def __init__(self) -> None:
+        self.body: list[Piece] = []
+        self.arrived = 0.0
+        self.is_complete = False
+
+    def on_body(self, data: bytes) -> None:
+        self.body.append((self.arrived, data))
+
+    def on_message_complete(self) -> None:
+        self.is_complete = True
+
+
+def read_body(received: Sequence[Piece]) -> list[Piece]:
+    """The body in what was received, without HTTP's framing. Raises RequestFailed unless it is a whole 200."""
+    response = _Response()
+    parser = httptools.HttpResponseParser(response)
+    try:
+        for response.arrived, data in received:
+            parser.feed_data(data)
+    except httptools.HttpParserError as error:
+        raise RequestFailed(f"the response is no HTTP: {error}") from error
+    if not response.is_complete:
+        raise RequestFailed("the connection broke before the answer's end")
+    if parser.get_status_code() != 200:
+        raise RequestFailed(b"".join(data for _, data in response.body).decode("utf-8", "replace"))
+    return response.body
+
+
+def read_answer(dialect: Dialect, sent: float, pieces: Sequence[Piece], ended: float) -> Answer:
+    """What the pieces of a stream amount to. A line arrives with the piece that completes it."""
     chunks: list[float] = []
     prompt_tokens = completion_tokens = 0
     rest = b""

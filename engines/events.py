@@ -31,7 +31,7 @@ class Usage:
     Attributes:
         prompt_tokens: the whole prompt after templating, cached ones included.
         cached_tokens: how many of them came from KV that was already there.
-        completion_tokens: every generated token of every choice, end-of-turn tokens excluded.
+        completion_tokens: every generated token of every choice, the end-of-turn token included, as Ollama counts.
         thinking_tokens: how many of those were reasoning.
         truncated_tokens: prompt tokens that were left out to fit the window.
     """

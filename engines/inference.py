@@ -25,7 +25,7 @@ class LoadConfig:
 
     Attributes:
         gpu_ids: devices to use, empty chooses. gpu_layers: layers to offload, negative is all, 0 the CPU only.
-        context_size: window of one request in tokens; None takes the model's own.
+        context_size: window of one request in tokens; None leaves it to the engine, -1 takes the model's own.
         keep_alive: pinned in memory, exempt from idle eviction.
         num_parallel: how many windows the KV cache must hold at once. num_sequences: most requests decoded together.
         num_batch: prompt tokens of one step. num_threads: 0 takes one for each core. use_mmap: None chooses.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -40,7 +39,6 @@ from engines.events import (
 from engines.request import (
     JSON,
     GenerateRequest,
-    LoadOptions,
     Message,
     Origin,
     OutputFormat,
@@ -52,6 +50,7 @@ from engines.request import (
 ORIGIN_HEADER = "X-Request-Origin"
 REQUEST_ID_HEADER = "X-Request-Id"
 DONE = b"[DONE]"
+MAX_CHOICES = 128
 _PLAIN_SAMPLING = (
     "temperature",
     "top_k",
@@ -84,7 +83,7 @@ def encode_request(request: GenerateRequest, model: str) -> bytes:
         "num_ctx": request.load.num_ctx,
         "truncate": request.truncate,
         "return_tokens": request.return_tokens,
-        "context_tokens": list(request.context_tokens),
+        "context_tokens": list(request.context_tokens) or None,
         "think": request.think,
         "chat_template_kwargs": dict(request.template_kwargs),
         **_encode_sampling(request.sampling),
@@ -99,50 +98,57 @@ def encode_request(request: GenerateRequest, model: str) -> bytes:
         body["tools"] = [_encode_tool(tool) for tool in request.tools]
     if request.format is not None:
         body["response_format"] = _encode_format(request.format)
-    return _encode({name: value for name, value in body.items() if value is not None and value != []})
+    try:
+        return _encode({name: value for name, value in body.items() if value is not None})
+    except UnicodeEncodeError as error:
+        raise BadRequest("the request holds half a surrogate pair, which is no text") from error
 
 
 def decode_request(data: bytes, *, id: str, surface: str) -> GenerateRequest:  # noqa: A002  # the field's name
     """The request that `encode_request` wrote. Raises BadRequest for anything else."""
     try:
-        body = _decode(data)
-        return _decode_body(body, id, surface)
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError) as error:
+        fields = _decode_fields(_decode(data))
+        origin = Origin(surface=surface, caller="gateway")
+        return msgspec.convert(fields | {"id": id, "origin": origin, "stream": True}, GenerateRequest)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # MsgspecError is a ValueError
         raise BadRequest(f"malformed worker request: {error}") from error
 
 
-def _decode_body(body: dict[str, Any], request_id: str, surface: str) -> GenerateRequest:
+def _decode_fields(body: dict[str, Any]) -> dict[str, Any]:
+    """A body as the fields of a GenerateRequest, shapes unchecked."""
+    if ("messages" in body) == ("prompt" in body):
+        raise ValueError("exactly one of `messages` and `prompt` must be given")
+    if not 1 <= body.get("n", 1) <= MAX_CHOICES:
+        raise ValueError(f"`n` must be between 1 and {MAX_CHOICES}")
     prompt = body.get("prompt")
-    return GenerateRequest(
-        id=request_id,
-        model=body["model"],
-        origin=Origin(surface=surface, caller="gateway"),
-        messages=tuple(_decode_message(m) for m in body["messages"]) if "messages" in body else None,
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_tokens=tuple(prompt) if isinstance(prompt, list) else None,
-        context_tokens=tuple(body.get("context_tokens", ())),
-        tools=tuple(_decode_tool(tool) for tool in body.get("tools", ())),
-        format=_decode_format(body.get("response_format")),
-        sampling=_decode_sampling(body),
-        load=LoadOptions(num_ctx=body.get("num_ctx")),
-        think=body.get("think"),
-        template_kwargs=body.get("chat_template_kwargs") or {},
-        truncate=bool(body.get("truncate")),
-        num_choices=int(body.get("n", 1)),
-        return_tokens=bool(body.get("return_tokens")),
-        stream=True,
-    )
+    fields: dict[str, Any] = {
+        "model": body["model"],
+        "prompt_tokens" if isinstance(prompt, list) else "prompt": prompt,
+        "context_tokens": body.get("context_tokens", ()),
+        "tools": [_decode_tool(tool) for tool in body.get("tools", ())],
+        "format": _decode_format(body.get("response_format")),
+        "sampling": {name: body.get(name) for name in (*_PLAIN_SAMPLING, "stop")},
+        "load": {"num_ctx": body.get("num_ctx")},
+        "think": body.get("think"),
+        "template_kwargs": body.get("chat_template_kwargs", {}),
+        "truncate": body.get("truncate", False),
+        "num_choices": body.get("n", 1),
+        "return_tokens": body.get("return_tokens", False),
+    }
+    if "messages" in body:
+        fields["messages"] = [_decode_message(message) for message in body["messages"]]
+    return fields
 
 
 def _encode_sampling(sampling: Sampling) -> dict[str, JSON]:
     stop = list(sampling.stop) if sampling.stop is not None else None
     return {name: getattr(sampling, name) for name in _PLAIN_SAMPLING} | {"stop": stop}
-
-
-def _decode_sampling(body: Mapping[str, Any]) -> Sampling:
-    stop = body.get("stop")
-    plain = {name: body.get(name) for name in _PLAIN_SAMPLING}
-    return replace(Sampling(**plain), stop=tuple(stop) if stop is not None else None)
 
 
 def _encode_message(message: Message) -> dict[str, JSON]:
@@ -162,21 +168,21 @@ def _encode_message(message: Message) -> dict[str, JSON]:
     return plain
 
 
-def _decode_message(plain: Mapping[str, Any]) -> Message:
+def _decode_message(plain: Mapping[str, Any]) -> dict[str, Any]:
     content = plain.get("content") or ""
     images: tuple[bytes, ...] = ()
     if isinstance(content, list):
         images = tuple(_decode_image(part) for part in content if part["type"] == "image_url")
         content = "\n".join(part["text"] for part in content if part["type"] == "text")
-    return Message(
-        role=plain["role"],
-        content=content,
-        thinking=plain.get("reasoning_content", ""),
-        images=images,
-        tool_calls=tuple(_decode_call(call) for call in plain.get("tool_calls", ())),
-        tool_name=plain.get("name", ""),
-        tool_call_id=plain.get("tool_call_id", ""),
-    )
+    return {
+        "role": plain["role"],
+        "content": content,
+        "thinking": plain.get("reasoning_content", ""),
+        "images": images,
+        "tool_calls": [_call_fields(call) for call in plain.get("tool_calls", ())],
+        "tool_name": plain.get("name", ""),
+        "tool_call_id": plain.get("tool_call_id", ""),
+    }
 
 
 def _decode_image(part: Mapping[str, Any]) -> bytes:
@@ -189,14 +195,20 @@ def _encode_call(call: ToolCall) -> dict[str, JSON]:
 
 
 def _decode_call(plain: Mapping[str, Any]) -> ToolCall:
+    return ToolCall(**_call_fields(plain))
+
+
+def _call_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
     arguments = plain["function"]["arguments"]
     try:
         parsed = json.loads(arguments)
     except ValueError:
         parsed = None
-    return ToolCall(
-        plain.get("id", ""), plain["function"]["name"], parsed if isinstance(parsed, dict) else str(arguments)
-    )
+    return {
+        "id": plain.get("id", ""),
+        "name": plain["function"]["name"],
+        "arguments": parsed if isinstance(parsed, dict) else str(arguments),
+    }
 
 
 def _encode_tool(tool: Tool) -> dict[str, JSON]:
@@ -204,9 +216,13 @@ def _encode_tool(tool: Tool) -> dict[str, JSON]:
     return {"type": "function", "function": function}
 
 
-def _decode_tool(plain: Mapping[str, Any]) -> Tool:
+def _decode_tool(plain: Mapping[str, Any]) -> dict[str, Any]:
     function = plain["function"]
-    return Tool(function["name"], function.get("description", ""), function["parameters"])
+    return {
+        "name": function["name"],
+        "description": function.get("description", ""),
+        "parameters": function["parameters"],
+    }
 
 
 def _encode_format(output: OutputFormat) -> dict[str, JSON]:

@@ -215,6 +215,9 @@ class _Responder:
     async def respond(self, receive: Receive) -> None:
         try:
             await self._app(self._scope, receive, self.send)
+        except Exception:
+            await self._settle(FinishReason.ERROR.value, 500)
+            raise
         finally:
             await self._settle(FinishReason.CANCEL.value, CLIENT_GONE)
 

@@ -22,7 +22,11 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 UNKNOWN = "unknown"
 MAX_NAME_CHARS = 128
-_NAME = re.compile(r"[^\x00-\x1f\x7f\"\\;]+")
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\"\\;]+")
+_ADDRESS = re.compile(
+    r"(?:\[(?P<bracketed>[0-9a-fA-F:.]+)(?:%[^\]]*)?\]|(?P<bare>[0-9.]+))(?::[0-9]{1,5})?"
+    r"|(?P<ipv6>[0-9a-fA-F:.]+)(?:%.*)?"
+)
 _PARAMETER = re.compile(r';\s*(?P<key>[a-z]+)="(?P<value>[^"\\\x00-\x1f\x7f]*)"')
 _CLIENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern, re.IGNORECASE))
@@ -41,7 +45,7 @@ _CLIENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("langchain", r"langchain"),
         ("llama-index", r"llama.?index"),
         ("litellm", r"litellm"),
-        ("ai-sdk", r"\bai-sdk/|ai/\d"),
+        ("ai-sdk", r"\bai-sdk/|\bai/\d"),
         ("headwater", r"^headwater/"),
         ("docker-model", r"docker-model"),
         ("ollama-python", r"ollama-python"),
@@ -104,19 +108,19 @@ class OriginResolver:
         client = client_family(headers)
         vouches = self._is_trusted(peer)
         address = self._forwarded_for(peer, headers) if vouches else _printable(peer)
-        asserted = headers.get(ORIGIN_HEADER)
+        is_asserted = ORIGIN_HEADER in headers
         if not vouches:
             derived = Origin(surface, f"{client}@{address}", client)
-            return Resolved(derived, address, dropped_assertion=asserted is not None)
-        said = parse_assertion(asserted or "")
-        user = said.get("user") or _clean(headers.get("x-openwebui-user-email", ""))
+            return Resolved(derived, address, dropped_assertion=is_asserted)
+        said = parse_assertion(_said_once(headers, ORIGIN_HEADER))
+        user = said.get("user") or _clean(_said_once(headers, "x-openwebui-user-email"))
         client = said.get("client") or client
         if client != UNKNOWN and client not in KNOWN_CLIENTS:
             client = UNKNOWN
         if caller := said.get("caller"):
             return Resolved(Origin(surface, caller, client, user, Trust.VOUCHED), address, dropped_assertion=False)
         derived = Origin(surface, f"{client}@{address}", client, user)
-        return Resolved(derived, address, dropped_assertion=asserted is not None)
+        return Resolved(derived, address, dropped_assertion=is_asserted and not said)
 
     def _is_trusted(self, peer: str | None) -> bool:
         address = _address(peer or "")
@@ -165,6 +169,12 @@ def _quoted(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"')
 
 
+def _said_once(headers: Headers, name: str) -> str:
+    """A header's value; empty when it is missing, or there twice and a proxy may have added its own to a client's."""
+    values = headers.getlist(name)
+    return values[0] if len(values) == 1 else ""
+
+
 def _clean(text: str) -> str:
     """A name that can be stored, shown and sent: bounded, and without control characters or quoting trouble."""
     found = _NAME.fullmatch(text.strip()[:MAX_NAME_CHARS])
@@ -172,13 +182,12 @@ def _clean(text: str) -> str:
 
 
 def _address(text: str) -> Address | None:
-    text = text.strip()
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
+    """An address, with or without a port; a scope (`%eth0`) says nothing to others and may be any text."""
+    found = _ADDRESS.fullmatch(text.strip())
+    if found is None:
+        return None
     try:
-        address = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(found["bracketed"] or found["bare"] or found["ipv6"])
     except ValueError:
         return None
     mapped = getattr(address, "ipv4_mapped", None)

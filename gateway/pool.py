@@ -25,6 +25,7 @@ QUEUE_FULL = "server busy, please try again.  maximum pending requests exceeded"
 SHUTTING_DOWN = "the server is shutting down"
 PATIENCE_S = 10.0
 """How long a request for another model waits while every runner stays busy, before one stops taking new work."""
+MAX_BACK_OFF_S = 30.0
 
 
 class State(StrEnum):
@@ -82,6 +83,11 @@ class Resident(Generic[R]):
         return self.state is State.READY and self.num_active == 0
 
     @property
+    def takes_work(self) -> bool:
+        """Whether it serves further requests, now or once it is up."""
+        return self.state is not State.STOPPING and not self.is_draining
+
+    @property
     def expires_at(self) -> float:
         """When it will be stopped if nobody asks; only meaningful while idle."""
         return self.last_used + self.keep_alive_s
@@ -104,8 +110,9 @@ class Waiter(Generic[R]):
 
 @dataclass(slots=True)
 class Failures:
-    """How often a model failed to come up or crashed in a row."""
+    """How often runners with one key failed to come up or crashed in a row, without serving a request in between."""
 
+    key: RunnerKey
     count: int = 0
     retry_at: float = 0.0
     error: HeadwaterError | None = None
@@ -127,10 +134,16 @@ class Lease(Generic[R]):
 
 @dataclass(slots=True)
 class Plan(Generic[R]):
-    """What `assign` wants done."""
+    """What `assign` wants done, and what it holds on to: `awaited` are residents that earlier waiters wait for."""
 
     start: list[Resident[R]] = field(default_factory=list)
     stop: list[Resident[R]] = field(default_factory=list)
+    awaited: set[Resident[R]] = field(default_factory=set)
+
+
+def _worth(resident: Resident[Any]) -> tuple[bool, float]:
+    """What is evicted first is worth least: pinned ones last, then the least recently used."""
+    return resident.keep_alive_s == FOREVER, resident.last_used
 
 
 class Pool(Generic[R]):
@@ -180,14 +193,13 @@ class Pool(Generic[R]):
         """
         if self._is_closed:
             raise ServerBusy(SHUTTING_DOWN)
+        if len(self.waiting) >= self._max_waiting and not self._open_to(key):
+            raise ServerBusy(QUEUE_FULL)  # before anything is decided: who is turned away must not evict others
         since = self._clock()
-        was_ready = any(r.serves(key) and r.state is State.READY for r in self.residents)
+        was_ready = any(r.serves(key) and r.takes_work and r.state is State.READY for r in self.residents)
         waiter = Waiter(key, card, keep_alive_s, since, asyncio.get_running_loop().create_future())
         self.waiting.append(waiter)
         self._settle()
-        if not waiter.granted.done() and len(self.waiting) > self._max_waiting:
-            self.waiting.remove(waiter)
-            raise ServerBusy(QUEUE_FULL)
         try:
             resident = await waiter.granted
         except asyncio.CancelledError:
@@ -203,6 +215,8 @@ class Pool(Generic[R]):
         """Give a place back."""
         resident.num_active -= 1
         resident.last_used = self._clock()
+        if resident.state is State.READY and resident in self.residents:  # a request ended, and it still lives
+            self._failures.pop(resident.key.model, None)
         self._settle()
 
     def unload(self, model: str) -> None:
@@ -218,41 +232,51 @@ class Pool(Generic[R]):
         Waiters are taken in order of arrival. For each there are six outcomes:
         1. a ready runner that serves it has a free place: it is granted
         2. one that serves it is starting, or has no place free: it waits
-        3. the model keeps failing: it gets the last error until the back-off is over
-        4. the same model runs with other options: that one is drained and stopped, and it waits
+        3. a runner like it keeps failing: it gets the last error until the back-off is over
+        4. the same model runs with other options: once no earlier waiter wants that one, it is drained and stopped
         5. there is room, or an idle runner can go: a new one starts
         6. every runner is busy: it waits, and after a while the least recently used one takes no new work
+        Only then do idle runners expire, so that a keep-alive of 0 does not stop the one that a waiter is about to get.
         """
         now, plan = self._clock(), Plan[R]()
+        self.waiting = [waiter for waiter in self.waiting if not waiter.granted.done()]  # whose callers are still there
+        for waiter in list(self.waiting):
+            self._place(waiter, now, plan)
         for resident in self.residents:
+            resident.is_draining &= bool(self.waiting)  # nobody is left to make room for
             if resident.is_idle and (resident.expires_at <= now or resident.is_draining):
                 self._stop(resident, plan)
-        for waiter in list(self.waiting):
-            if waiter.granted.done():  # its caller left
-                self.waiting.remove(waiter)
-            elif (error := self._back_off(waiter.key.model, now)) is not None:  # 3
-                self.waiting.remove(waiter)
-                waiter.granted.set_exception(error)
-            else:
-                self._place(waiter, now, plan)
         return plan
 
     def _place(self, waiter: Waiter[R], now: float, plan: Plan[R]) -> None:
-        serving = [r for r in self.residents if r.serves(waiter.key) and r.state is not State.STOPPING]
-        ready = [r for r in serving if r.state is State.READY and not r.is_draining and r.num_active < self._places]
-        if ready:  # 1
+        if ready := self._open_to(waiter.key):  # 1
             self._grant(waiter, min(ready, key=lambda r: r.num_active))
             return
-        if any(not r.is_draining for r in serving):  # 2
+        serving = [r for r in self.residents if r.serves(waiter.key) and r.takes_work]
+        if serving:  # 2
+            plan.awaited.update(serving)
+            return
+        if (error := self._back_off(waiter.key, now)) is not None:  # 3
+            self.waiting.remove(waiter)
+            waiter.granted.set_exception(error)
             return
         rivals = [r for r in self.residents if r.key.model == waiter.key.model and r.key.mode == waiter.key.mode]
         if rivals:  # 4
             for rival in rivals:
-                rival.is_draining = True
-                if rival.is_idle:
-                    self._stop(rival, plan)
+                if rival not in plan.awaited:
+                    self._drain(rival, plan)
             return
         self._make_room_and_start(waiter, now, plan)
+
+    def _open_to(self, key: RunnerKey) -> list[Resident[R]]:
+        """Ready runners that have a free place for a request with `key`."""
+        serving = [r for r in self.residents if r.serves(key) and r.takes_work]
+        return [r for r in serving if r.state is State.READY and r.num_active < self._places]
+
+    def _drain(self, resident: Resident[R], plan: Plan[R]) -> None:
+        resident.is_draining = True
+        if resident.is_idle:
+            self._stop(resident, plan)
 
     def _make_room_and_start(self, waiter: Waiter[R], now: float, plan: Plan[R]) -> None:
         if len(self.residents) < self._max_residents:  # 5
@@ -261,12 +285,12 @@ class Pool(Generic[R]):
         if any(r.state is State.STOPPING for r in self.residents):  # room is on its way
             return
         idle = [r for r in self.residents if r.is_idle]
-        if idle:  # 5: pinned ones last, then the least recently used
-            self._stop(min(idle, key=lambda r: (r.keep_alive_s == FOREVER, r.last_used)), plan)
+        if idle:  # 5
+            self._stop(min(idle, key=_worth), plan)
         elif now - waiter.since >= PATIENCE_S:  # 6
-            busy = [r for r in self.residents if r.state is State.READY]
+            busy = [r for r in self.residents if r.state is State.READY and r not in plan.awaited]
             if busy and not any(r.is_draining for r in busy):
-                min(busy, key=lambda r: r.last_used).is_draining = True
+                min(busy, key=_worth).is_draining = True
 
     def _grant(self, waiter: Waiter[R], resident: Resident[R]) -> None:
         self.waiting.remove(waiter)
@@ -283,15 +307,18 @@ class Pool(Generic[R]):
         holder.append(resident)
         self.residents.append(resident)
         plan.start.append(resident)
+        plan.awaited.add(resident)
 
     def _stop(self, resident: Resident[R], plan: Plan[R]) -> None:
         resident.state = State.STOPPING
         plan.stop.append(resident)
 
-    def _back_off(self, model: str, now: float) -> HeadwaterError | None:
-        """The error to repeat instead of loading a model that has just failed more than once."""
-        failures = self._failures.get(model)
-        return failures.error if failures and failures.count > 1 and now < failures.retry_at else None
+    def _back_off(self, key: RunnerKey, now: float) -> HeadwaterError | None:
+        """The error to repeat instead of starting a runner that has just failed more than once."""
+        failures = self._failures.get(key.model)
+        if failures is None or failures.key != key:
+            return None
+        return failures.error if failures.count > 1 and now < failures.retry_at else None
 
     def _settle(self) -> None:
         """Decide, then set in motion what was decided."""
@@ -315,7 +342,6 @@ class Pool(Generic[R]):
             self._ended(resident, HeadwaterError(f"loading failed: {error}"))
             return
         if resident.state is State.STARTING:
-            self._failures.pop(resident.key.model, None)
             resident.state = State.READY
             resident.last_used = self._clock()
             log.info("loaded %s", resident.card.name)
@@ -334,9 +360,11 @@ class Pool(Generic[R]):
             return
         was_starting = resident.state is State.STARTING
         self._remove(resident)
-        failures = self._failures.setdefault(resident.key.model, Failures())
+        failures = self._failures.get(resident.key.model)
+        if failures is None or failures.key != resident.key:  # one entry a model: keys are the clients' to vary
+            failures = self._failures[resident.key.model] = Failures(resident.key)
         failures.count += 1
-        failures.retry_at = self._clock() + min(2.0 ** (failures.count - 1), 30.0)
+        failures.retry_at = self._clock() + min(2.0 ** min(failures.count - 1, 5), MAX_BACK_OFF_S)
         failures.error = error
         if was_starting:
             for waiter in [w for w in self.waiting if resident.serves(w.key)]:

@@ -89,16 +89,19 @@ class Runner:
         self._running = asyncio.create_task(self._run(), name=repr(self))
         try:
             async with asyncio.timeout(timeout_s if timeout_s != float("inf") else None):
-                while not await self._is_ready():
-                    if self._exit is not None:
-                        raise self._exit
-                    await asyncio.sleep(POLL_S)
+                await self._until_ready(self._running)
         except TimeoutError:
             await self.stop()
             raise ModelLoadFailed(f"{self._model_ref} was not ready within {timeout_s:g} s") from None
         except BaseException:
             await self.stop()
             raise
+
+    async def _until_ready(self, running: asyncio.Task[None]) -> None:
+        while not await self._is_ready():
+            if running.done():
+                raise self._exit or ModelLoadFailed(f"{self._model_ref} was stopped while it was loading")
+            await asyncio.sleep(POLL_S)
 
     async def _run(self) -> None:
         """The worker's whole life; however it ends is told once."""

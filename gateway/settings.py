@@ -94,7 +94,7 @@ class Settings:
             load_timeout_s=read("OLLAMA_LOAD_TIMEOUT", "5m", _load_timeout, "seconds or a duration such as 5m"),
             num_parallel=read("OLLAMA_NUM_PARALLEL", "0", _count, "a whole number, 0 to choose"),
             max_loaded_models=read("OLLAMA_MAX_LOADED_MODELS", "0", _count, "a whole number, 0 to choose") or 3,
-            max_queue=read("OLLAMA_MAX_QUEUE", "512", _count, "a whole number"),
+            max_queue=read("OLLAMA_MAX_QUEUE", "512", _positive, "a whole number above 0"),
             context_length=read("OLLAMA_CONTEXT_LENGTH", "0", _count, "a number of tokens, 0 to choose"),
             origins=read("OLLAMA_ORIGINS", "", parse_origins, "a comma-separated list of origins"),
             trusted_proxies=read(
@@ -105,7 +105,7 @@ class Settings:
             ),
             body_limit_bytes=read("HEADWATER_BODY_LIMIT", str(64 << 20), _positive, "a number of bytes"),
             shutdown_grace_s=read(
-                "HEADWATER_SHUTDOWN_GRACE", "30s", _load_timeout, "seconds or a duration such as 30s"
+                "HEADWATER_SHUTDOWN_GRACE", "30s", _keep_alive, "seconds or a duration such as 30s, -1 for ever"
             ),
             debug=read("OLLAMA_DEBUG", "0", _flag, "true or false"),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compat.openai.keep_alive import parse_keep_alive
+from compat.keep_alive import parse_keep_alive
 from compat.openai.messages import parse_messages
 from compat.openai.refusals import invalid, invalid_type, unsupported_parameter, unsupported_value
 from compat.openai.schema import MAX_PROMPTS, ChatBody, CompletionBody, GenerateBody

@@ -7,11 +7,12 @@ a call that does not parse is shown as the text it is, never dropped.
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import msgspec
 
 from engines.events import Delta, TextDelta, ThinkingDelta, ToolCallDelta
 from engines.request import ToolCall
@@ -53,6 +54,7 @@ class ReplyParser:
         self._buffer = ""
         self._calls_tools = with_tools and reply_format.calls_tools
         self._num_calls = 0
+        self._gap = ""  # white space before a call, which is nothing if the call is one and text if it is not
         self._drops_space = in_thinking
         self._state = "thinking" if in_thinking else "start" if reply_format.thinks else "answer"
 
@@ -80,7 +82,7 @@ class ReplyParser:
         if self._state == "thinking":
             return self._thought(rest.rstrip())
         if self._state == "call":
-            return self._call(rest) or self._answer(CALL[0] + rest)
+            return self._call(rest) or self._answer(self._gap + CALL[0] + rest)
         return self._answer(rest if rest.strip() or not self.has_calls else "")
 
     def _step(self) -> list[Delta] | None:
@@ -118,8 +120,10 @@ class ReplyParser:
         """Emit text up to `marker`, holding back white space and a possible beginning of it at the end."""
         before, found, after = self._buffer.partition(marker)
         if found:
-            self._buffer, self._state, self._drops_space = after, then, True
-            return emit(before.rstrip())
+            text = before.rstrip()
+            self._gap = before[len(text) :]
+            self._buffer, self._state, self._drops_space = after, then, then == "answer"
+            return emit(text)
         safe = len(self._buffer) - _overlap(self._buffer, marker)
         safe = len(self._buffer[:safe].rstrip())
         text, self._buffer = self._buffer[:safe], self._buffer[safe:]
@@ -129,8 +133,9 @@ class ReplyParser:
         body, found, after = self._buffer.partition(CALL[1])
         if not found:
             return None
-        self._buffer, self._state, self._drops_space = after, "answer", True
-        return self._call(body) or self._answer(CALL[0] + body + CALL[1])
+        calls = self._call(body)
+        self._buffer, self._state, self._drops_space = after, "answer", bool(calls)
+        return calls or self._answer(self._gap + CALL[0] + body + CALL[1])
 
     def _thought(self, text: str) -> list[Delta]:
         return [ThinkingDelta(text, self._index)] if text else []
@@ -140,8 +145,8 @@ class ReplyParser:
 
     def _call(self, body: str) -> list[Delta]:
         try:
-            value = json.loads(body)
-        except ValueError:
+            value = msgspec.json.decode(body)  # stricter than json's: what it reads can be written again
+        except (msgspec.DecodeError, RecursionError):
             return []
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             return []

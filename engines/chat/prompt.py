@@ -6,12 +6,13 @@ its window. It leaves templates to `jinja` and token ids to the engine's tokeniz
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engines.chat.jinja import ChatTemplate
 from engines.chat.parser import THINK, ReplyFormat
-from engines.errors import BadRequest, PromptTooLong
+from engines.errors import BadRequest, PromptTooLong, TemplateError
 from engines.request import JSON, GenerateRequest, Message
 
 Tokenize = Callable[[str, bool], list[int]]
@@ -48,7 +49,7 @@ class PromptBuilder:
             TemplateError: the template refused the messages. BadRequest: there is nothing to prefill.
         """
         if request.messages is None:
-            tokens = list(request.prompt_tokens or ()) or self._encode(request.prompt or "")
+            tokens = list(request.prompt_tokens or ()) or self._encode(request, request.prompt or "")
             prompt = Prompt([*request.context_tokens, *tokens])
         else:
             prompt = self._fit(request, request.messages, num_ctx)
@@ -70,7 +71,7 @@ class PromptBuilder:
         low, high = 1, len(messages) - 1
         while low < high:
             middle = (low + high) // 2
-            if len(self._chat(request, _without_oldest(messages, middle)).tokens) < num_ctx:
+            if self._fits(request, _without_oldest(messages, middle), num_ctx):
                 high = middle
             else:
                 low = middle + 1
@@ -78,32 +79,48 @@ class PromptBuilder:
         return Prompt(kept.tokens, len(whole.tokens) - len(kept.tokens), kept.in_thinking)
 
     def _chat(self, request: GenerateRequest, messages: Sequence[Message]) -> Prompt:
-        text = self._render(request, messages)
-        tokens = [*request.context_tokens, *self._encode(text)]
-        return Prompt(tokens, in_thinking=self.reply_format.starts_in_thinking(text))
-
-    def _render(self, request: GenerateRequest, messages: Sequence[Message]) -> str:
         """A trailing assistant message is a prefill: the reply continues it (`spec/chat-formats.md` section 1.4)."""
         prefill = messages[-1] if messages and messages[-1].role == "assistant" else None
         turns = messages[:-1] if prefill else messages
         text = self._template.render(turns, tools=request.tools, variables=_variables(request))
-        if prefill is None:
-            return text
-        if prefill.tool_calls:
-            raise BadRequest("the last message must not be an assistant's tool call", param="messages")
-        return text + self._continue(text, prefill)
+        in_thinking = self._opens_thinking(request, turns, text)
+        if prefill is not None:
+            if prefill.tool_calls:
+                raise BadRequest("the last message must not be an assistant's tool call", param="messages")
+            continuation = self._continue(text, prefill, in_thinking=in_thinking)
+            text += continuation
+            in_thinking = self.reply_format.starts_in_thinking(THINK[0] * in_thinking + continuation)
+        return Prompt([*request.context_tokens, *self._encode(request, text)], in_thinking=in_thinking)
 
-    def _continue(self, prompt: str, prefill: Message) -> str:
+    def _opens_thinking(self, request: GenerateRequest, turns: Sequence[Message], text: str) -> bool:
+        """Whether the generation prompt leaves a reasoning block open; what the turns themselves say does not count."""
+        if not self.reply_format.starts_in_thinking(text):
+            return False
+        without = self._template.render(
+            turns, tools=request.tools, variables=_variables(request), add_generation_prompt=False
+        )
+        shared = os.path.commonprefix([text, without])  # noqa: RUF071  # character by character is what is meant
+        return self.reply_format.starts_in_thinking(text[len(shared) :])
+
+    def _fits(self, request: GenerateRequest, messages: Sequence[Message], num_ctx: int) -> bool:
+        """Whether a shortened chat fits. One that the template refuses, as when turns must alternate, does not."""
+        try:
+            return len(self._chat(request, messages).tokens) < num_ctx
+        except TemplateError:
+            return False
+
+    def _continue(self, prompt: str, prefill: Message, *, in_thinking: bool) -> str:
         """What to write after the generation prompt, which may already have opened or closed the reasoning."""
         if not prefill.thinking or not self.reply_format.thinks or prompt.rstrip().endswith(THINK[1]):
             return prefill.content
-        opening = "" if self.reply_format.starts_in_thinking(prompt) else f"{THINK[0]}\n"
+        opening = "" if in_thinking else f"{THINK[0]}\n"
         closing = f"\n{THINK[1]}\n\n{prefill.content}" if prefill.content else ""
         return f"{opening}{prefill.thinking}{closing}"
 
-    def _encode(self, text: str) -> list[int]:
-        """A template that writes BOS itself must not get a second one."""
-        return self._tokenize(text, not (self._bos and text.startswith(self._bos)))
+    def _encode(self, request: GenerateRequest, text: str) -> list[int]:
+        """A template that writes BOS itself must not get a second one, nor text that goes on from earlier tokens."""
+        has_bos = bool(request.context_tokens) or (self._bos != "" and text.startswith(self._bos))
+        return self._tokenize(text, not has_bos)
 
 
 def _without_oldest(messages: Sequence[Message], count: int) -> list[Message]:

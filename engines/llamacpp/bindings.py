@@ -244,6 +244,10 @@ class Context:
         row = lib.llama_get_logits_ith(self.handle, index)
         return np.ctypeslib.as_array(row, (self._num_tokens,))
 
+    def copy(self, source: int, slot: int, count: int) -> None:
+        """Let the empty `slot` begin with the first `count` positions of `source`; costs metadata, no cells."""
+        lib.llama_memory_seq_cp(self._memory, source, slot, 0, count)
+
     def remove(self, slot: int) -> None:
         """Forget everything in `slot`; its cells are free again."""
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)

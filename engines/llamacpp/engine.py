@@ -23,7 +23,15 @@ from llguidance import LLMatcher
 from engines.chat.jinja import CHATML, ChatTemplate
 from engines.chat.parser import ReplyParser
 from engines.chat.prompt import Prompt, PromptBuilder
-from engines.errors import BadRequest, HeadwaterError, ModelNotFound, ServerBusy, UnsupportedFeature, WorkerCrashed
+from engines.errors import (
+    BadRequest,
+    HeadwaterError,
+    ModelNotFound,
+    ModelNotLoaded,
+    ServerBusy,
+    UnsupportedFeature,
+    WorkerCrashed,
+)
 from engines.events import ChoiceFinished, Delta, Event, Finished, FinishReason, TextDelta, Timings, Usage
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
 from engines.llamacpp.bindings import Context, Model
@@ -40,6 +48,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NUM_CTX = 4096
 PROMPT_LIMIT_S = 15.0
+KEPT_SEQUENCES = 32
+"""Slots beyond those that run, for prefixes of finished requests."""
+
 DEFAULTS = Sampling(
     temperature=0.8,
     top_k=40,
@@ -76,22 +87,24 @@ class LlamaCppEngine(InferenceBackend):
         async with self._loading:
             await asyncio.to_thread(_check_file, model_path)
             await self._unload()
-            await asyncio.to_thread(self._load, model_path, config)
+            model = await asyncio.to_thread(self._load, model_path, config)
             self._events = asyncio.get_running_loop()
             self._loop = EngineLoop(self._context, self._scheduler, self._publish, self._fail)
             self._loop.start()
+            self.model_path, self.config, self._model, self._failure = model_path, config, model, None
 
-    def _load(self, path: Path, config: LoadConfig) -> None:
+    def _load(self, path: Path, config: LoadConfig) -> Model:
         main_gpu = config.gpu_ids[0] if config.gpu_ids else None
         model = Model(path, num_gpu=config.gpu_layers, main_gpu=main_gpu, use_mmap=config.use_mmap)
         try:
-            wanted = config.context_size or min(model.num_ctx_train or DEFAULT_NUM_CTX, DEFAULT_NUM_CTX)
-            self._num_ctx = min(wanted, model.num_ctx_train) if model.num_ctx_train else wanted
+            self._num_ctx = _window(config.context_size, model.num_ctx_train)
+            # Finished sequences keep their slots, so there are more than can run; recurrent memory pays for each.
+            num_slots = config.num_sequences + (0 if model.is_recurrent else KEPT_SEQUENCES)
             self._context = Context(
                 model,
                 num_cells=self._num_ctx * config.num_parallel,
-                num_sequences=config.num_sequences,
-                num_batch=max(config.num_batch, config.num_sequences),
+                num_sequences=num_slots,
+                num_batch=max(config.num_batch, num_slots),
                 num_threads=config.num_threads or len(os.sched_getaffinity(0)),
             )
             bos, eos = model.special_text("bos"), model.special_text("eos")
@@ -101,11 +114,14 @@ class LlamaCppEngine(InferenceBackend):
             raise
         self._builder = PromptBuilder(template, _tokenizer(model), bos=bos if model.adds_bos else "")
         self._scheduler = Scheduler(
-            num_cells=self._context.num_cells, num_slots=config.num_sequences, num_batch=self._context.num_batch
+            num_cells=self._context.num_cells,
+            num_slots=num_slots,
+            num_batch=self._context.num_batch,
+            shares_prefixes=not model.is_recurrent,
         )
         self._grammars = Grammars(model)
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompt")
-        self.model_path, self.config, self._model, self._failure = path, config, model, None
+        return model
 
     async def unload(self) -> None:
         """Free the model; what is still running ends with an error."""
@@ -118,7 +134,7 @@ class LlamaCppEngine(InferenceBackend):
         model, self._model = self._model, None
         await asyncio.to_thread(self._loop.stop)
         self._end_all(ServerBusy("the model was unloaded"))
-        self._prompts.shutdown()
+        await asyncio.to_thread(self._prompts.shutdown)
         self._context.close()
         model.close()
         self.model_path = self.config = None
@@ -180,7 +196,8 @@ class LlamaCppEngine(InferenceBackend):
         return generation
 
     def _build(self, request: GenerateRequest, num_ctx: int) -> Prompt:
-        assert self._model is not None
+        if self._model is None:
+            raise ModelNotLoaded
         for token in (*(request.prompt_tokens or ()), *request.context_tokens):
             if not 0 <= token < self._model.num_tokens:
                 raise BadRequest(f"token {token} is not in this model's vocabulary", param="prompt")
@@ -262,6 +279,15 @@ def _check_file(path: Path) -> None:
     read_header(path)
 
 
+def _window(asked: int | None, trained: int) -> int:
+    """Tokens of one request's window: what was asked for, within what the model was trained with."""
+    if asked is None:
+        asked = DEFAULT_NUM_CTX
+    elif asked <= 0:
+        asked = trained or DEFAULT_NUM_CTX
+    return min(asked, trained) if trained else asked
+
+
 def _tokenizer(model: Model) -> Callable[[str, bool], list[int]]:
     return lambda text, add_special: model.tokenize(text, add_special=add_special, parse_special=True)
 
@@ -313,6 +339,7 @@ class LlamaCppGeneration:
         """Tokens as the sequences hold them now."""
         return Usage(
             prompt_tokens=len(self._prompt.tokens),
+            cached_tokens=next(iter(self._sequences)).num_reused,
             completion_tokens=sum(sequence.num_generated for sequence in self._sequences),
             thinking_tokens=self._thinking_tokens,
             truncated_tokens=self._prompt.truncated_tokens,
@@ -363,7 +390,8 @@ class LlamaCppGeneration:
         if parser is None:
             deltas: list[Delta] = [TextDelta(output.text, index)] if output.text else []
         else:
-            self._thinking_tokens += parser.is_thinking and output.reason is not FinishReason.CANCEL
+            has_token = output.reason is not FinishReason.CANCEL and output.sequence.num_generated > 0
+            self._thinking_tokens += parser.is_thinking and has_token
             deltas = parser.decode(output.text) if output.text else []
             if output.reason is not None:
                 deltas += parser.flush()
@@ -378,8 +406,9 @@ class LlamaCppGeneration:
     def _tokens(self) -> tuple[int, ...]:
         if not self._request.return_tokens:
             return ()
-        tokens = next(iter(self._sequences)).tokens
-        return tuple(tokens[:-1] if self._engine.is_end(tokens[-1]) else tokens)
+        first = next(iter(self._sequences))
+        ended = first.num_generated > 0 and self._engine.is_end(first.tokens[-1])
+        return tuple(first.tokens[:-1] if ended else first.tokens)
 
     async def aclose(self) -> None:
         """Cancel what is running and wait, at most one step, until it has stopped."""
@@ -390,5 +419,7 @@ class LlamaCppGeneration:
             while len(self._reasons) < len(self._sequences) and self._error is None:
                 self._news.clear()
                 await self._news.wait()
+            while self._outputs:  # nobody reads them any more, but they count
+                self._read(self._outputs.popleft())
         self._is_over = True
         self._ready.clear()

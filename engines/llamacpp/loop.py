@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engines.events import FinishReason
 from engines.llamacpp.bindings import Context, DecodeFailed, OutOfCells
-from engines.llamacpp.scheduler import Batch, Scheduler
+from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler
 from engines.llamacpp.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Totals:
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    reused_tokens: int = 0
     preemptions: int = 0
     decode_s: float = 0.0
     overhead_s: float = 0.0
@@ -94,9 +95,11 @@ class EngineLoop:
         self._commands.put(lambda: self._cancel(sequence))
 
     def stop(self) -> None:
-        """End the thread after the current step, and wait for it."""
+        """End the thread after the current step, wait for it, and free what its sequences held."""
         self._commands.put(None)
         self._thread.join()
+        for sequence in self._alive:
+            sequence.sampler.close()
 
     def _run(self) -> None:
         try:
@@ -133,9 +136,9 @@ class EngineLoop:
         started = time.monotonic()
         batch = self._scheduler.next_batch()
         assert batch.slices, f"nothing to compute in {self._scheduler!r}"
-        for slot in batch.cleared:
-            self._context.remove(slot)
-        self.totals.preemptions += len(batch.cleared)
+        for change in batch.changes:
+            self._apply(change)
+        self.totals.preemptions += batch.num_preempted
         last_indexes = self._fill(batch, started)
         before = time.monotonic()
         try:
@@ -149,6 +152,14 @@ class EngineLoop:
         if outputs:
             self._publish(outputs)
         self.totals.overhead_s += time.monotonic() - after + before - started
+
+    def _apply(self, change: Clear | Copy) -> None:
+        match change:
+            case Clear(slot):
+                self._context.remove(slot)
+            case Copy(source, slot, count):
+                self._context.copy(source, slot, count)
+                self.totals.reused_tokens += count
 
     def _fill(self, batch: Batch, now: float) -> list[int]:
         """Put the slices into llama.cpp's batch; returns the batch index of each one's last token."""
@@ -193,11 +204,13 @@ class EngineLoop:
         return Output(sequence, sequence.text.flush(), reason)
 
     def _retreat(self) -> None:
-        """The cache is fuller than we counted (a sliding-window cache may be): go on with fewer sequences."""
-        if len(self._scheduler.running) == 1:
+        """The cache is fuller than we counted (a sliding-window cache may be): go on with less in it."""
+        num_running = len(self._scheduler.running)
+        slot = self._scheduler.give_way()
+        if slot is None:
             raise DecodeFailed("one sequence alone does not fit the KV cache")
-        self._context.remove(self._scheduler.preempt_youngest())
-        self.totals.preemptions += 1
+        self._context.remove(slot)
+        self.totals.preemptions += num_running - len(self._scheduler.running)
 
     def _count(self, batch: Batch, decode_s: float) -> None:
         decodes = sum(1 for piece in batch.slices if piece.count == 1)

@@ -1,9 +1,10 @@
 """Who takes part in the next step. Pure: it counts tokens and cells and never touches llama.cpp.
 
 One step is one batch that mixes every running decode with a chunk of waiting prefill. Slots are many and cheap; what is
-scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer, and when the cells
-run out the youngest one is preempted: it loses its cells, goes back to the head of the queue with what it has
-generated, and is prefilled again later. Its client notices a pause.
+scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer, and begin with the
+longest prefix that anyone, running or finished, has computed already. When the cells run out, finished sequences are
+forgotten first; then the youngest running one is preempted: it loses its cells, goes back to the head of the queue with
+what it has generated, and is prefilled again later. Its client notices a pause.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from engines.llamacpp.kvcache import KVCache, common_prefix
 from engines.llamacpp.sequence import Sequence
+
+MIN_SHARED = 8
+"""Tokens of a prefix below which copying it is not worth the trouble."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +32,29 @@ class Slice:
         return self.count == self.sequence.num_pending
 
 
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Forget everything in a slot."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Let `slot` begin with the first `count` positions of `source`."""
+
+    source: int
+    slot: int
+    count: int
+
+
 @dataclass(slots=True)
 class Batch:
-    """What to compute in one step, and which slots to clear before it."""
+    """What to compute in one step, and what to do to the cache before it, in this order."""
 
     slices: list[Slice] = field(default_factory=list)
-    cleared: list[int] = field(default_factory=list)
+    changes: list[Clear | Copy] = field(default_factory=list)
+    num_preempted: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -44,26 +66,35 @@ class Scheduler:
     """Decides each step's batch.
 
     Args:
-        num_cells: KV cells in all. num_slots: sequences that may hold cells at once.
+        num_cells: KV cells in all. num_slots: sequences that may hold cells at once, finished ones included.
         num_batch: most tokens of a step. busy_prefill: most prompt tokens of a step that also decodes, so that a long
             prompt does not stall those who are being answered.
         headroom: free cells that each running sequence must have before another is admitted, so that one admitted in
             this step is not preempted in the next.
+        shares_prefixes: whether the model's memory can copy a part of a sequence, which recurrent memory cannot.
     """
 
     def __init__(
-        self, *, num_cells: int, num_slots: int, num_batch: int, busy_prefill: int = 64, headroom: int = 32
+        self,
+        *,
+        num_cells: int,
+        num_slots: int,
+        num_batch: int,
+        busy_prefill: int = 64,
+        headroom: int = 32,
+        shares_prefixes: bool = True,
     ) -> None:
         self.num_cells = num_cells
         self.num_batch = num_batch
         self.busy_prefill = busy_prefill
         self.headroom = headroom
+        self.shares_prefixes = shares_prefixes
+        self.cache = KVCache(num_cells=num_cells, num_slots=num_slots)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission, so the youngest is last
-        self._free_slots = list(range(num_slots - 1, -1, -1))
 
     def __repr__(self) -> str:
-        return f"<Scheduler waiting={len(self.waiting)} running={len(self.running)} free_cells={self.num_free_cells}>"
+        return f"<Scheduler waiting={len(self.waiting)} running={len(self.running)} {self.cache!r}>"
 
     @property
     def is_idle(self) -> bool:
@@ -72,36 +103,45 @@ class Scheduler:
 
     @property
     def num_free_cells(self) -> int:
-        """Cells that no running sequence holds."""
-        return self.num_cells - sum(sequence.num_cached for sequence in self.running)
+        """Cells that nobody holds, or that only finished sequences hold."""
+        return self.num_cells - self.num_busy_cells
+
+    @property
+    def num_busy_cells(self) -> int:
+        """Cells that running sequences hold, shared ones counted once for each."""
+        return sum(sequence.num_cached for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> int | None:
-        """Drop a sequence for good, wherever it is.
+        """Drop a sequence for good, wherever it is. What it has computed is kept for others who begin alike.
 
         Returns:
-            The slot to clear, or None when it held none.
+            The slot to clear, or None when there is none.
         """
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return None
         self.running.remove(sequence)
-        return self._release(sequence)
+        if not self.shares_prefixes or sequence.num_cached < MIN_SHARED:
+            return self._release(sequence)
+        slot, sequence.slot = sequence.slot, None
+        self.cache.keep(slot, sequence.tokens[: sequence.num_cached])
+        return None
 
-    def preempt_youngest(self) -> int:
-        """Take the cells of the sequence admitted last; it waits at the head of the queue.
+    def give_way(self) -> int | None:
+        """Free some cells: those of a finished sequence, else of the youngest running one, which will start over.
 
         Returns:
-            The slot to clear.
+            The slot to clear; None when only one sequence is left, which must not be stopped.
         """
-        sequence = self.running.pop()
-        slot = self._release(sequence)
-        sequence.num_cached = 0
-        self.waiting.appendleft(sequence)
-        return slot
+        kept = self.cache.least_recently_used()
+        if kept is not None:
+            self.cache.close(kept)
+            return kept
+        return self._preempt_youngest() if len(self.running) > 1 else None
 
     def next_batch(self) -> Batch:
         """Choose the next step: decodes first, then prefill of the running, then of the waiting."""
@@ -111,43 +151,107 @@ class Scheduler:
         prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
         batch.slices = [Slice(sequence, 1) for sequence in decoding]
         budget = min(self.num_batch - len(decoding), self.busy_prefill if decoding else self.num_batch)
-        free = self.num_free_cells - len(decoding)
+        free = self.cache.num_free_cells - len(decoding)
         for sequence in prefilling:
             count = min(sequence.num_pending, budget, free)
             if count > 0:
                 batch.slices.append(Slice(sequence, count))
                 budget, free = budget - count, free - count
-        promised = sum(s.num_pending for s in prefilling) + len(decoding) - batch.num_tokens
-        self._admit(batch, budget, free - promised)
+        self._admit(batch, budget)
         return batch
 
     def advance(self, batch: Batch) -> None:
         """Note that a batch was computed."""
         for piece in batch.slices:
+            assert piece.sequence.slot is not None
             piece.sequence.num_cached += piece.count
+            self.cache.extend(piece.sequence.slot, piece.count)
 
     def _make_room(self, batch: Batch) -> None:
-        """Preempt the youngest until the others can go on. The oldest always can: no window exceeds the cache."""
-        while len(self.running) > 1:
+        """Free cells until everyone who runs can go on. The oldest always can: no window exceeds the cache."""
+        while True:
             decodes = sum(1 for sequence in self.running if sequence.num_pending == 1)
-            if self.num_free_cells >= max(decodes, 1):
+            if not self.running or self.cache.num_free_cells >= max(decodes, 1):
                 return
-            batch.cleared.append(self.preempt_youngest())
+            num_running = len(self.running)
+            slot = self.give_way()
+            if slot is None:
+                return
+            batch.changes.append(Clear(slot))
+            batch.num_preempted += num_running - len(self.running)
 
-    def _admit(self, batch: Batch, budget: int, free: int) -> None:
-        """Let waiting sequences in, first come first served, while budget, slots and cells last."""
-        while self.waiting and self._free_slots and budget > 0:
-            sequence = self.waiting[0]
-            if sequence.num_pending + self.headroom * len(self.running) > free:
+    def _admit(self, batch: Batch, budget: int) -> None:
+        """Let waiting sequences in, first come first served, while budget, slots and cells last.
+
+        One whose beginning is being prefilled by another waits for that instead of computing it again; those behind it
+        may pass.
+        """
+        promised = sum(sequence.num_pending for sequence in self.running)
+        for sequence in list(self.waiting):
+            if budget <= 0:
                 return
-            self.running.append(self.waiting.popleft())
-            sequence.slot = self._free_slots.pop()
-            count = min(sequence.num_pending, budget)
+            source, shared, is_coming = self._longest_prefix(sequence)
+            if is_coming:
+                continue
+            needed = sequence.num_pending - shared
+            reserve = promised + self.headroom * len(self.running)
+            if not self._make_space(needed + reserve, source, batch):
+                return
+            self.waiting.remove(sequence)
+            self._start(sequence, source, shared, batch)
+            count = min(needed, budget)
             batch.slices.append(Slice(sequence, count))
-            budget, free = budget - count, free - sequence.num_pending
+            budget, promised = budget - count, promised + needed
+
+    def _start(self, sequence: Sequence, source: int, shared: int, batch: Batch) -> None:
+        sequence.slot = slot = self.cache.open()
+        self.running.append(sequence)
+        if shared:
+            self.cache.share(source, slot, shared)
+            batch.changes.append(Copy(source, slot, shared))
+            sequence.num_cached = shared
+            sequence.num_reused = sequence.num_reused or (0 if sequence.num_generated else shared)
+
+    def _make_space(self, cells: int, source: int, batch: Batch) -> bool:
+        """Forget finished sequences, though not `source`, until there is a slot and so many free cells."""
+        while self.cache.num_free_cells < cells or not self.cache.num_free_slots:
+            slot = self.cache.least_recently_used(but=source)
+            if slot is None:
+                return False
+            self.cache.close(slot)
+            batch.changes.append(Clear(slot))
+        return True
+
+    def _longest_prefix(self, sequence: Sequence) -> tuple[int, int, bool]:
+        """Where to take a prefix from, how long it is, and whether a longer one is being prefilled right now.
+
+        At least one token is left to compute, because the cache keeps no logits.
+        """
+        if not self.shares_prefixes:
+            return -1, 0, False
+        wanted = sequence.prompt[: len(sequence.tokens) - 1]
+        source, best = self.cache.best_kept(wanted) or (-1, 0)
+        coming = 0
+        for other in self.running:
+            assert other.slot is not None
+            shared = common_prefix(other.prompt, wanted)
+            if min(shared, other.num_cached) > best:
+                source, best = other.slot, min(shared, other.num_cached)
+            if shared > other.num_cached:
+                coming = max(coming, shared)
+        if coming - best >= MIN_SHARED:
+            return source, best, True
+        return (source, best, False) if best >= MIN_SHARED else (-1, 0, False)
+
+    def _preempt_youngest(self) -> int:
+        sequence = self.running.pop()
+        slot = self._release(sequence)
+        sequence.num_cached = 0
+        self.waiting.appendleft(sequence)
+        return slot
 
     def _release(self, sequence: Sequence) -> int:
         assert sequence.slot is not None
         slot, sequence.slot = sequence.slot, None
-        self._free_slots.append(slot)
+        self.cache.close(slot)
         return slot

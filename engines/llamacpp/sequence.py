@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from engines.llamacpp.detokenize import TextStream
+from engines.llamacpp.kvcache import Tokens
 
 
 class TokenChooser(Protocol):
@@ -29,7 +32,9 @@ class Sequence:
     Attributes:
         tokens: prompt and generated tokens, an end-of-turn token included. num_prompt: how many are the prompt.
         num_ctx: the most tokens it may hold. max_tokens: the most it may generate.
-        num_cached: how many leading tokens have their KV in `slot`.
+        num_cached: how many leading tokens have their KV in `slot`. num_reused: how many of the prompt were there
+            already when it was first admitted.
+        prompt: the prompt as an array, shape (num_prompt,).
         arrived, scheduled, first_token, last_token: monotonic seconds; 0 until it happened.
     """
 
@@ -40,7 +45,9 @@ class Sequence:
     text: TextStream
     arrived: float = 0.0
     num_prompt: int = field(init=False)
+    prompt: Tokens = field(init=False, repr=False)
     num_cached: int = 0
+    num_reused: int = 0
     slot: int | None = None
     scheduled: float = 0.0
     first_token: float = 0.0
@@ -48,6 +55,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
+        self.prompt = np.array(self.tokens, np.int32)
 
     @property
     def num_pending(self) -> int:

@@ -10,7 +10,9 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import ollama
@@ -26,20 +28,20 @@ PARIS = "The capital of France is Paris."
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for the tests that leave it as they found it."""
     with serving(tmp_path_factory.mktemp("house")) as running:
         yield running
 
 
 @pytest.fixture
-def client(server: Server):
+def client(server: Server) -> ollama.Client:
     """An unmodified Ollama client."""
     return ollama.Client(server.url)
 
 
 @pytest.fixture
-def sdk(server: Server):
+def sdk(server: Server) -> Iterator[openai.OpenAI]:
     """An unmodified OpenAI client."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened:
         yield opened
@@ -68,7 +70,7 @@ def rows(server: Server) -> list[sqlite3.Row]:
         return list(database.execute("select * from requests order by started_at"))
 
 
-def test_the_demo_model_answers_an_ollama_client_at_first_start(client):
+def test_the_demo_model_answers_an_ollama_client_at_first_start(client: Any) -> None:
     """An empty model directory is enough for the first request, with the right fact in the answer."""
     answer = client.chat("demo", messages=FRANCE, think=False, options={"temperature": 0})
     assert answer.message.content == PARIS
@@ -79,7 +81,7 @@ def test_the_demo_model_answers_an_ollama_client_at_first_start(client):
     assert answer.total_duration
 
 
-def test_ollama_client_lists_shows_and_sees_what_runs(client):
+def test_ollama_client_lists_shows_and_sees_what_runs(client: Any) -> None:
     """list, show and ps agree on the demo model's name."""
     client.generate("demo", prompt="", keep_alive="1h")
     assert [model.model for model in client.list().models] == ["demo:latest"]
@@ -91,7 +93,7 @@ def test_ollama_client_lists_shows_and_sees_what_runs(client):
     assert running[0].context_length == 4096
 
 
-def test_streams_and_whole_answers_agree_across_dialects(client, sdk):
+def test_streams_and_whole_answers_agree_across_dialects(client: Any, sdk: Any) -> None:
     """At temperature 0 every way of asking gives the same text."""
     options = {"temperature": 0}
     chat = client.chat("demo", messages=FRANCE, think=False, options=options).message.content
@@ -113,7 +115,7 @@ def test_streams_and_whole_answers_agree_across_dialects(client, sdk):
     assert usage.prompt_tokens == 21
 
 
-def test_raw_completions_agree_across_dialects(client, sdk):
+def test_raw_completions_agree_across_dialects(client: Any, sdk: Any) -> None:
     """Ollama's raw generate and OpenAI's completions continue a text alike."""
     options = {"temperature": 0, "num_predict": 20}
     raw = client.generate("demo", prompt="Once upon a time", raw=True, options=options)
@@ -123,7 +125,7 @@ def test_raw_completions_agree_across_dialects(client, sdk):
     assert raw.eval_count == text.usage.completion_tokens == 20
 
 
-def test_thinking_is_kept_apart_from_the_answer(client, sdk):
+def test_thinking_is_kept_apart_from_the_answer(client: Any, sdk: Any) -> None:
     """A thinking model thinks by default towards Ollama clients, and tags never reach the content."""
     answer = client.chat("demo", messages=FRANCE, options={"temperature": 0})
     assert answer.message.content == PARIS
@@ -133,7 +135,7 @@ def test_thinking_is_kept_apart_from_the_answer(client, sdk):
     assert effort.choices[0].message.model_extra["reasoning_content"] == answer.message.thinking
 
 
-def test_tools_are_called_in_both_dialects(client, sdk):
+def test_tools_are_called_in_both_dialects(client: Any, sdk: Any) -> None:
     """The same call comes back as an object to Ollama clients and as text to OpenAI's."""
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tool = {"type": "function", "function": {"name": "get_weather", "description": "w", "parameters": parameters}}
@@ -146,7 +148,7 @@ def test_tools_are_called_in_both_dialects(client, sdk):
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Paris"}
 
 
-def test_sixteen_clients_share_steps_and_every_count_agrees(tmp_path):
+def test_sixteen_clients_share_steps_and_every_count_agrees(tmp_path: Path) -> None:
     """What the clients saw, the ledger and the metrics are the same numbers, and decoding was shared."""
     with serving(tmp_path) as server:
         seen = asyncio.run(_sixteen_chats(server))
@@ -181,18 +183,19 @@ async def _sixteen_chats(server: Server) -> dict[str, tuple[int, int]]:
 
 async def _ollama_chat(server: Server, seed: int) -> tuple[int, int]:
     options = {"temperature": 0.7, "num_predict": 60, "seed": seed}
-    answer = await ollama.AsyncClient(server.url).chat("demo", messages=STORY, options=options)
+    answer: Any = await ollama.AsyncClient(server.url).chat("demo", messages=STORY, options=options)
     return answer.prompt_eval_count, answer.eval_count
 
 
 async def _ollama_generate(server: Server, seed: int) -> tuple[int, int]:
     options = {"temperature": 0.7, "num_predict": 60, "seed": seed}
     parts = await ollama.AsyncClient(server.url).generate("demo", "Tell me a story.", stream=True, options=options)
-    *_, last = [part async for part in parts]
+    last: Any = [part async for part in parts][-1]
     return last.prompt_eval_count, last.eval_count
 
 
 async def _openai_chat(server: Server, seed: int) -> tuple[int, int]:
+    sdk: Any
     options = {"max_tokens": 60, "seed": seed, "stream": True, "stream_options": {"include_usage": True}}
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as sdk:
         *_, last = [chunk async for chunk in await sdk.chat.completions.create(model="demo", messages=STORY, **options)]
@@ -200,12 +203,13 @@ async def _openai_chat(server: Server, seed: int) -> tuple[int, int]:
 
 
 async def _model_runner_completion(server: Server, seed: int) -> tuple[int, int]:
+    sdk: Any
     async with openai.AsyncOpenAI(base_url=f"{server.url}/engines/v1", api_key="x") as sdk:
         answer = await sdk.completions.create(model="demo", prompt="Once upon a time", seed=seed, max_tokens=60)
     return answer.usage.prompt_tokens, answer.usage.completion_tokens
 
 
-def test_a_kill_loses_nothing_that_a_client_saw_finish(tmp_path):
+def test_a_kill_loses_nothing_that_a_client_saw_finish(tmp_path: Path) -> None:
     """Ten kill -9 under load: the ledger holds every request whose end reached its client."""
     finished: list[str] = []
     for _ in range(10):
@@ -239,7 +243,7 @@ def _ask_until(url: str, done: threading.Event, finished: list[str]) -> None:
             return
 
 
-def test_a_killed_server_leaves_no_worker_behind(tmp_path):
+def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
     """Workers end when their parent dies, whatever killed it."""
     server = start(tmp_path)
     ollama.Client(server.url).generate("demo", prompt="")
@@ -251,7 +255,7 @@ def test_a_killed_server_leaves_no_worker_behind(tmp_path):
         time.sleep(0.02)
 
 
-def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path):
+def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """A request that runs at SIGTERM is answered to its end and recorded; no process and no socket remains."""
     server = start(tmp_path)
     stream = ollama.Client(server.url).chat("demo", messages=STORY, options={"temperature": 0}, stream=True)
@@ -265,7 +269,7 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path):
     assert not list((tmp_path / "data").rglob("*.sock"))
 
 
-def test_a_worker_that_is_killed_mid_stream_is_an_error_on_record_and_is_replaced(tmp_path):
+def test_a_worker_that_is_killed_mid_stream_is_an_error_on_record_and_is_replaced(tmp_path: Path) -> None:
     """The stream ends with an error line, the row says so, and the next request is served."""
     with serving(tmp_path) as server:
         client = ollama.Client(server.url)
@@ -282,7 +286,7 @@ def test_a_worker_that_is_killed_mid_stream_is_an_error_on_record_and_is_replace
         ]
 
 
-def test_a_client_that_leaves_is_recorded_with_what_it_cost(tmp_path):
+def test_a_client_that_leaves_is_recorded_with_what_it_cost(tmp_path: Path) -> None:
     """A hang-up mid-stream cancels the sequence at once, and the row has the tokens that were generated."""
     with serving(tmp_path) as server:
         body = {"model": "demo", "prompt": "Once upon a time", "raw": True}
@@ -318,7 +322,7 @@ def test_a_client_that_leaves_is_recorded_with_what_it_cost(tmp_path):
         ("/v1/completions", b'{"model": "demo", "prompt": [99999999]}', 400, "invalid_request"),
     ],
 )
-def test_bad_input_gets_its_status_and_its_row(server, path, body, status, code):
+def test_bad_input_gets_its_status_and_its_row(server: Server, path: str, body: bytes, status: int, code: str) -> None:
     """Whatever is wrong with a request, it is answered, recorded as refused, and the server lives on."""
     response = httpx.post(server.url + path, content=body)
     assert response.status_code == status
@@ -328,7 +332,7 @@ def test_bad_input_gets_its_status_and_its_row(server, path, body, status, code)
     assert row["error_code"] == code
 
 
-def test_an_over_long_prompt_is_refused_in_each_dialects_words(server):
+def test_an_over_long_prompt_is_refused_in_each_dialects_words(server: Server) -> None:
     """The window is named, and nothing was streamed."""
     words = "word " * 6000
     chat = {"model": "demo", "messages": [{"role": "user", "content": words}]}
@@ -340,7 +344,7 @@ def test_an_over_long_prompt_is_refused_in_each_dialects_words(server):
     assert "longer than the context length" in ollama_reply.json()["error"]
 
 
-def test_a_body_over_the_limit_is_refused(tmp_path):
+def test_a_body_over_the_limit_is_refused(tmp_path: Path) -> None:
     """413 in both dialects, before anything is parsed."""
     with serving(tmp_path, HEADWATER_BODY_LIMIT="1000") as server:
         for path in ("/api/chat", "/v1/chat/completions"):
@@ -348,7 +352,7 @@ def test_a_body_over_the_limit_is_refused(tmp_path):
         assert [row["status"] for row in rows(server)] == [413, 413]
 
 
-def test_a_damaged_model_is_a_clear_error_and_harms_nobody_else(tmp_path):
+def test_a_damaged_model_is_a_clear_error_and_harms_nobody_else(tmp_path: Path) -> None:
     """A truncated weights file cannot be loaded, says why, and the demo still answers."""
     with serving(tmp_path) as server:
         demo = tmp_path / "models/manifests/registry.ollama.ai/library/demo/latest"
@@ -368,7 +372,7 @@ def test_a_damaged_model_is_a_clear_error_and_harms_nobody_else(tmp_path):
         assert httpx.post(f"{server.url}/api/chat", json={"model": "demo", "messages": FRANCE}).status_code == 200
 
 
-def test_origin_is_derived_and_cannot_be_asserted_from_outside(server):
+def test_origin_is_derived_and_cannot_be_asserted_from_outside(server: Server) -> None:
     """A header that claims a name is dropped and counted, and the answer shows who we think is asking."""
     before = metric(server, "headwater_origin_asserted_dropped_total")
     headers = {"X-Request-Origin": "boss", "User-Agent": "curl/8"}
@@ -379,7 +383,7 @@ def test_origin_is_derived_and_cannot_be_asserted_from_outside(server):
     assert metric(server, "headwater_origin_asserted_dropped_total") == before + 1
 
 
-def test_a_trusted_proxy_vouches_for_a_caller(tmp_path):
+def test_a_trusted_proxy_vouches_for_a_caller(tmp_path: Path) -> None:
     """Behind a trusted peer the asserted name is what usage is booked on."""
     with serving(tmp_path, HEADWATER_TRUSTED_PROXIES="127.0.0.1/32") as server:
         body = {"model": "demo", "messages": FRANCE, "stream": False}
@@ -387,7 +391,7 @@ def test_a_trusted_proxy_vouches_for_a_caller(tmp_path):
         assert [(row["caller"], row["trust"]) for row in rows(server)] == [("alice", "vouched")]
 
 
-def test_the_demo_stays_deleted(tmp_path):
+def test_the_demo_stays_deleted(tmp_path: Path) -> None:
     """A user who removes the demo does not find it again at the next start."""
     with serving(tmp_path):
         pass
@@ -396,7 +400,7 @@ def test_the_demo_stays_deleted(tmp_path):
         assert ollama.Client(server.url).list().models == []
 
 
-def test_more_models_than_fit_take_turns(tmp_path):
+def test_more_models_than_fit_take_turns(tmp_path: Path) -> None:
     """With room for one model, two are served one after the other and only one stays."""
     with serving(tmp_path, OLLAMA_MAX_LOADED_MODELS="1") as server:
         manifests = tmp_path / "models/manifests/registry.ollama.ai/library"

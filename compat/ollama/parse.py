@@ -1,0 +1,164 @@
+"""Chat and generate bodies to `GenerateRequest`s: Ollama's words end here (`spec/ollama.md` sections 5.1 and 5.2).
+
+Checks come in Ollama's order, since the first that fails is what a client sees: thinking, what the model can do,
+options, and only then what is needed to generate. A body without messages or prompt asks for the model and nothing
+else, so its request stops there and has no messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from compat.ollama.errors import InvalidFormat
+from compat.ollama.gojson import encode, quote
+from compat.ollama.options import parse_options
+from compat.ollama.schema import ChatBody, GenerateBody, GenerationBody, MessageBody
+from compat.ollama.tools import parse_tool
+from engines.errors import BadRequest, UnsupportedFeature
+from engines.model import ModelCard
+from engines.request import JSON, GenerateRequest, Message, Origin, OutputFormat, Role, ToolCall
+
+
+def parse_unload(body: GenerationBody, *, request_id: str, origin: Origin) -> GenerateRequest:
+    """The request that sends a model away."""
+    return GenerateRequest(id=request_id, model=body.model, origin=origin, messages=(), keep_alive_s=0.0)
+
+
+def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Origin) -> GenerateRequest:
+    """The request of a chat with the model of `card`.
+
+    Raises:
+        BadRequest: the model cannot do it, or it is not offered here.
+        OptionTypeError, InvalidFormat: they answer 500, as in Ollama.
+    """
+    wanted = ("completion", "tools") if body.tools else ("completion",)
+    request = _parse_load(body, card, "chat", wanted, request_id, origin)
+    if not body.messages:
+        return request
+    _refuse_unsupported(body)
+    return replace(
+        request,
+        messages=_chat_messages(body, card),
+        tools=tuple(parse_tool(tool) for tool in body.tools),
+        format=_parse_format(body.format),
+    )
+
+
+def parse_generate(body: GenerateBody, card: ModelCard, *, request_id: str, origin: Origin) -> GenerateRequest:
+    """The request of a generation by the model of `card`. Raises as `parse_chat` does."""
+    if body.raw and (body.template or body.system or body.context):
+        raise BadRequest("raw mode does not support template, system, or context", param="raw")
+    wanted = ("completion", "insert") if body.suffix else ("completion",)
+    request = _parse_load(body, card, "generate", wanted, request_id, origin)
+    if not body.prompt:
+        return request
+    _refuse_unsupported(body)
+    _refuse_unsupported_prompt(body)
+    output_format = _parse_format(body.format)
+    if body.raw:
+        return replace(request, messages=None, prompt=body.prompt, format=output_format)
+    return replace(
+        request,
+        messages=_generate_messages(body, card),
+        context_tokens=tuple(body.context or ()),
+        format=output_format,
+        return_tokens=True,
+    )
+
+
+def _parse_load(
+    body: GenerationBody, card: ModelCard, task: str, wanted: tuple[str, ...], request_id: str, origin: Origin
+) -> GenerateRequest:
+    """What the request needs of the model, and nothing to generate yet."""
+    think = _parse_think(body, card)
+    _require(card, body.model, task, wanted)
+    sampling, load = parse_options(body.options)
+    return GenerateRequest(
+        id=request_id,
+        model=body.model,
+        origin=origin,
+        messages=(),
+        sampling=sampling,
+        load=load,
+        keep_alive_s=body.keep_alive,
+        think=think,
+        truncate=body.truncate,
+        stream=body.stream,
+    )
+
+
+def _parse_think(body: GenerationBody, card: ModelCard) -> bool | str | None:
+    """Models that can think do, unless they are told not to."""
+    if "thinking" in card.capabilities:
+        return True if body.think is None else body.think
+    if body.think:
+        raise UnsupportedFeature(f"{quote(body.model)} does not support thinking", param="think")
+    return body.think
+
+
+def _require(card: ModelCard, name: str, task: str, wanted: tuple[str, ...]) -> None:
+    missing = [capability for capability in wanted if capability not in card.capabilities]
+    if "completion" in missing:
+        raise UnsupportedFeature(f"{quote(name)} does not support {task}", param="model")
+    if missing:
+        raise UnsupportedFeature(f"{card.full_name} does not support " + "\n".join(missing), param="model")
+
+
+def _refuse_unsupported(body: GenerationBody) -> None:
+    if body.logprobs:
+        raise UnsupportedFeature("logprobs are not supported yet", param="logprobs")
+    if body.debug_render_only:
+        raise UnsupportedFeature("_debug_render_only is not supported yet", param="_debug_render_only")
+
+
+def _refuse_unsupported_prompt(body: GenerateBody) -> None:
+    if body.template:
+        raise UnsupportedFeature("a template in the request is not supported yet", param="template")
+    if body.suffix:
+        raise UnsupportedFeature("suffix is not supported yet", param="suffix")
+    if body.raw and body.images:
+        raise UnsupportedFeature("images in raw mode are not supported yet", param="images")
+
+
+def _chat_messages(body: ChatBody, card: ModelCard) -> tuple[Message, ...]:
+    """The model's own messages first, and before all its SYSTEM, unless the chat itself begins with one."""
+    messages = (*card.messages, *map(_parse_message, body.messages))
+    if card.system and body.messages[0].role.lower() != "system":
+        return Message("system", card.system), *messages
+    return messages
+
+
+def _generate_messages(body: GenerateBody, card: ModelCard) -> tuple[Message, ...]:
+    """The prompt as a chat; one that continues a `context`, even an empty one, has had the model's own messages."""
+    system = body.system or card.system
+    return (
+        *((Message("system", system),) if system else ()),
+        *(card.messages if body.context is None else ()),
+        Message("user", body.prompt, images=tuple(body.images)),
+    )
+
+
+def _parse_message(body: MessageBody) -> Message:
+    """One message. As in Ollama, which roles there are is up to the model's template."""
+    return Message(
+        role=cast(Role, body.role.lower()),
+        content=body.content,
+        thinking=body.thinking,
+        images=tuple(body.images),
+        tool_calls=tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in body.tool_calls),
+        tool_name=body.tool_name,
+        tool_call_id=body.tool_call_id,
+    )
+
+
+def _parse_format(value: JSON) -> OutputFormat | None:
+    match value:
+        case None | "":
+            return None
+        case "json":
+            return OutputFormat()
+        case dict():
+            return OutputFormat(value)
+        case _:
+            raise InvalidFormat(quote(encode(value).decode()))

@@ -1,0 +1,229 @@
+"""The Ollama dialect's handlers: decode, parse, ask the house, render.
+
+Every handler answers its own errors in Ollama's shape, so the app around it needs no exception handler for them; only
+unknown paths and methods never reach a handler and have `http_error_response`. A path with a trailing slash redirects
+to the path without (`spec/ollama.md` section 1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from compat.body import read_body
+from compat.ollama.decode import decode_chat, decode_generate, decode_show
+from compat.ollama.errors import ErrorReply, render_error
+from compat.ollama.gojson import encode
+from compat.ollama.listing import render_processes, render_tags
+from compat.ollama.names import refuse_cloud, short_name
+from compat.ollama.parse import parse_chat, parse_generate, parse_unload
+from compat.ollama.render import ChatObjects, GenerateObjects, Reply
+from compat.ollama.schema import GenerationBody, VersionReply
+from compat.ollama.show import render_show
+from compat.services import Answer, Services, collect
+from compat.streams import NDJSONResponse, aclose, while_connected
+from engines.errors import BadRequest, HeadwaterError, ModelNotFound
+from engines.events import Event, FinishReason
+from engines.model import ModelCard
+from engines.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+VERSION = "0.33.0"
+"""The Ollama whose API this is; clients compare it with what they need."""
+
+_SURFACES = {"/api/chat": "ollama/completion", "/api/generate": "ollama/completion"}
+_COPILOT = "GitHubCopilotChat/"
+
+
+class OllamaRoutes:
+    """Ollama's routes over the house's services.
+
+    Handlers read `http.state.origin` and `http.state.request_id`, which the gateway's middleware sets, and leave the
+    error that they answered with in `http.state.error`.
+
+    Args:
+        clock: nanoseconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        *,
+        body_limit_bytes: int,
+        version: str = VERSION,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._services = services
+        self._body_limit_bytes = body_limit_bytes
+        self._version = version
+        self._clock = clock
+
+    def surfaces(self) -> dict[str, str]:
+        """The origin surface of each inference path; redirects run nothing and have none."""
+        return dict(_SURFACES)
+
+    def routes(self) -> list[BaseRoute]:
+        """Every route."""
+        return [
+            _route("/", self.root, "GET", "HEAD"),
+            *_with_redirect("/api/version", self.show_version, "GET", "HEAD"),
+            *_with_redirect("/api/tags", self.list_models, "GET", "HEAD"),
+            *_with_redirect("/api/ps", self.list_runners, "GET"),
+            *_with_redirect("/api/show", self.show_model, "POST"),
+            *_with_redirect("/api/chat", self.chat, "POST"),
+            *_with_redirect("/api/generate", self.generate, "POST"),
+        ]
+
+    async def root(self, http: Request) -> Response:
+        """`GET /`, by which clients see that somebody is there."""
+        return Response(b"Ollama is running", media_type="text/plain")
+
+    async def show_version(self, http: Request) -> Response:
+        """`GET /api/version`."""
+        return json_response(encode(VersionReply(self._version)))
+
+    async def list_models(self, http: Request) -> Response:
+        """`GET /api/tags`; loads nothing."""
+        return json_response(render_tags(await self._services.list_models()))
+
+    async def list_runners(self, http: Request) -> Response:
+        """`GET /api/ps`."""
+        return json_response(render_processes(self._services.list_runners(), self._clock() / 1e9))
+
+    async def show_model(self, http: Request) -> Response:
+        """`POST /api/show`."""
+        body = decode_show(await read_body(http, self._body_limit_bytes))
+        name = _required(body.model or body.name)
+        refuse_cloud(name, "remote model details are unavailable")
+        try:
+            description = await self._services.describe(name)
+        except ModelNotFound:
+            raise ModelNotFound(short_name(name)) from None
+        basename = name if http.headers.get("user-agent", "").startswith(_COPILOT) else ""
+        # In a thread, because a vocabulary in full takes a good part of a second to write.
+        return json_response(await asyncio.to_thread(render_show, description, body, basename=basename))
+
+    async def chat(self, http: Request) -> Response:
+        """`POST /api/chat`."""
+        body = decode_chat(await read_body(http, self._body_limit_bytes))
+        card = await self._find(_required(body.model))
+        reply = ChatObjects(body.model)
+        if not body.messages and body.keep_alive == 0.0:
+            return await self._unload(http, body, reply)
+        request = parse_chat(body, card, request_id=http.state.request_id, origin=http.state.origin)
+        return await self._answer(http, request, reply)
+
+    async def generate(self, http: Request) -> Response:
+        """`POST /api/generate`."""
+        body = decode_generate(await read_body(http, self._body_limit_bytes))
+        if not body.model:
+            raise ModelNotFound(body.model)
+        card = await self._find(body.model)
+        reply = GenerateObjects(body.model)
+        if not body.prompt and body.keep_alive == 0.0:
+            return await self._unload(http, body, reply)
+        request = parse_generate(body, card, request_id=http.state.request_id, origin=http.state.origin)
+        return await self._answer(http, request, reply)
+
+    async def _find(self, name: str) -> ModelCard:
+        refuse_cloud(name)
+        return await self._services.find(name)
+
+    async def _unload(self, http: Request, body: GenerationBody, reply: Reply) -> Response:
+        request = parse_unload(body, request_id=http.state.request_id, origin=http.state.origin)
+        await self._services.unload(request)
+        return json_response(reply.empty(FinishReason.UNLOAD, self._clock()))
+
+    async def _answer(self, http: Request, request: GenerateRequest, reply: Reply) -> Response:
+        if request.messages == ():
+            await while_connected(http.receive, self._services.load(request))
+            return json_response(reply.empty(FinishReason.LOAD, self._clock()))
+        if not request.stream:
+            answer = await while_connected(http.receive, self._collect(request))
+            return json_response(reply.whole(answer, self._clock()))
+        events = await while_connected(http.receive, self._services.generate(request))
+        return NDJSONResponse(lines(reply, events, self._clock), source=events)
+
+    async def _collect(self, request: GenerateRequest) -> Answer:
+        events = await self._services.generate(request)
+        try:
+            return await collect(events)
+        finally:
+            await aclose(events)
+
+
+async def lines(reply: Reply, events: AsyncIterator[Event], clock: Callable[[], int]) -> AsyncIterator[bytes]:
+    """The answer's events, one object a line; a failure is one last line."""
+    try:
+        async for event in events:
+            rendered = reply.render(event, clock())
+            if rendered is not None:
+                yield rendered + b"\n"
+    except Exception as error:  # noqa: BLE001  the status is sent: the last line is the only place left to tell
+        logger.warning("an answer broke off: %s", error)
+        yield _report(error).body + b"\n"
+
+
+def endpoint(handler: Handler) -> Handler:
+    """The handler, its errors rendered in Ollama's shape."""
+
+    async def answer(http: Request) -> Response:
+        try:
+            return await handler(http)
+        except Exception as error:  # noqa: BLE001  the dialect's outermost edge: every request gets an answer
+            http.state.error = error
+            reply = _report(error)
+            return Response(reply.body, reply.status, reply.headers, media_type="application/json; charset=utf-8")
+
+    return answer
+
+
+def json_response(body: bytes) -> Response:
+    """A successful reply."""
+    return Response(body, media_type="application/json; charset=utf-8")
+
+
+def http_error_response(http: Request, error: HTTPException) -> Response:
+    """Starlette's 404 and 405, for paths that have no handler."""
+    text = b"405 method not allowed" if error.status_code == 405 else b"404 page not found"
+    return Response(text, error.status_code, {**(error.headers or {}), "Content-Type": "text/plain"})
+
+
+def _report(error: Exception) -> ErrorReply:
+    if not isinstance(error, HeadwaterError):
+        logger.error("a request failed unexpectedly", exc_info=error)
+    return render_error(error)
+
+
+def _required(name: str) -> str:
+    if not name.strip():
+        raise BadRequest("model is required", param="model")
+    return name
+
+
+def _with_redirect(path: str, handler: Handler, *methods: str) -> list[BaseRoute]:
+    """The route, and one that sends the path with a trailing slash there."""
+    return [_route(path, handler, *methods), _route(f"{path}/", _redirect, *methods)]
+
+
+def _route(path: str, handler: Handler, *methods: str) -> BaseRoute:
+    route = Route(path, endpoint(handler), methods=methods)
+    route.methods = set(methods)  # Starlette answers HEAD wherever it answers GET; Ollama does not
+    return route
+
+
+async def _redirect(http: Request) -> Response:
+    """To the path without its trailing slash; all but GET must be sent again as they are."""
+    query = f"?{http.url.query}" if http.url.query else ""
+    location = http.scope["path"].rstrip("/") + query
+    return Response(status_code=301 if http.method == "GET" else 307, headers={"Location": location})

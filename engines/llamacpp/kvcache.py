@@ -1,0 +1,132 @@
+"""Who holds which KV cells: the books of a cache that sequences share.
+
+llama.cpp copies a prefix from one sequence to another by writing metadata, so two sequences then hold the same cells.
+It does not say how many cells are in use; this does, by keeping runs of cells and who holds each. It also remembers the
+sequences that have finished, so that a later prompt that begins alike starts from their cells. Pure: whoever asks it to
+share or drop something must tell llama.cpp the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+"""Token ids, shape (n,)."""
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """Neighbouring positions whose cells are held by the same slots."""
+
+    length: int
+    holders: set[int] = field(default_factory=set)
+
+
+class KVCache:
+    """Cells, slots, and what finished sequences left behind.
+
+    Args:
+        num_cells: cells in all. num_slots: sequences that may hold cells at once, finished ones included.
+    """
+
+    def __init__(self, *, num_cells: int, num_slots: int) -> None:
+        self.num_cells = num_cells
+        self.num_free_cells = num_cells
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._runs: dict[int, list[Run]] = {}
+        self._kept: OrderedDict[int, Tokens] = OrderedDict()  # least recently used first
+
+    def __repr__(self) -> str:
+        return f"<KVCache free={self.num_free_cells}/{self.num_cells} kept={len(self._kept)}>"
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free_slots)
+
+    @property
+    def num_kept(self) -> int:
+        """Finished sequences whose cells are still there."""
+        return len(self._kept)
+
+    def length(self, slot: int) -> int:
+        """Cells that a slot holds, shared ones included."""
+        return sum(run.length for run in self._runs[slot])
+
+    def open(self) -> int:
+        """Take a free slot."""
+        slot = self._free_slots.pop()
+        self._runs[slot] = []
+        return slot
+
+    def extend(self, slot: int, count: int) -> None:
+        """Note that `count` more positions of a slot were computed."""
+        assert count <= self.num_free_cells, "more cells in use than there are"
+        self.num_free_cells -= count
+        runs = self._runs[slot]
+        if runs and runs[-1].holders == {slot}:
+            runs[-1].length += count
+        else:
+            runs.append(Run(count, {slot}))
+
+    def share(self, source: int, slot: int, count: int) -> None:
+        """Let an empty slot hold the first `count` positions of another one's cells."""
+        assert not self._runs[slot], "only an empty slot can take a prefix"
+        taken: list[Run] = []
+        for run in list(self._runs[source]):
+            if count == 0:
+                break
+            if run.length > count:
+                self._split(run, count)
+            run.holders.add(slot)
+            taken.append(run)
+            count -= run.length
+        assert count == 0, "the source is shorter than what is to be shared"
+        self._runs[slot] = taken
+
+    def _split(self, run: Run, length: int) -> None:
+        """Cut a run in two, in the books of everyone who holds it."""
+        rest = Run(run.length - length, set(run.holders))
+        run.length = length
+        for holder in run.holders:
+            runs = self._runs[holder]
+            runs.insert(runs.index(run) + 1, rest)
+
+    def close(self, slot: int) -> None:
+        """Drop everything a slot holds; cells that nobody else holds are free."""
+        self._kept.pop(slot, None)
+        for run in self._runs.pop(slot):
+            run.holders.discard(slot)
+            if not run.holders:
+                self.num_free_cells += run.length
+        self._free_slots.append(slot)
+
+    def keep(self, slot: int, tokens: Iterable[int]) -> None:
+        """Remember a finished sequence: `tokens` are those whose cells its slot holds."""
+        self._kept[slot] = np.fromiter(tokens, np.int32)
+        assert len(self._kept[slot]) == self.length(slot)
+
+    def best_kept(self, tokens: Tokens) -> tuple[int, int] | None:
+        """The finished sequence that shares the longest prefix with `tokens`: its slot, and the prefix's length."""
+        best = max(((common_prefix(kept, tokens), slot) for slot, kept in self._kept.items()), default=(0, -1))
+        if best[0] == 0:
+            return None
+        self._kept.move_to_end(best[1])
+        return best[1], best[0]
+
+    def least_recently_used(self, *, but: int | None = None) -> int | None:
+        """The kept slot to drop first, other than `but`."""
+        return next((slot for slot in self._kept if slot != but), None)
+
+
+def common_prefix(one: Tokens, other: Tokens) -> int:
+    """How many leading tokens are equal."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length
