@@ -67,6 +67,16 @@ class DecodeResult:
         """The median of the rounds' ratios."""
         return statistics.median(each.ratio(dialect) for each in self.of(clients))
 
+    @property
+    def noise(self) -> float:
+        """By which share of the fastest the slowest of rounds that should be equal fell behind, at worst."""
+        groups = [self.of(clients) for clients in {each.clients for each in self.rounds}]
+        series = [[each.bare.decode_tps for each in group] for group in groups]
+        series += [
+            [each.gateway[dialect.name].decode_tps for each in group] for group in groups for dialect in DIALECTS
+        ]
+        return max(1 - min(rates) / max(rates) for rates in series)
+
 
 def measure_decode(weights: Path, options: DecodeOptions, report: Callable[[str], None]) -> DecodeResult:
     """Run the scenario; `report` is told of each step.

@@ -18,6 +18,9 @@ from rich.table import Table
 from benchmarks.decode import DIALECTS, DecodeOptions, DecodeResult
 from engines.request import JSON
 
+MAX_NOISE = 0.1
+"""Rounds of a quiet machine differ by 1 to 4 %."""
+
 CAPTION = (
     "bare: llama_decode and argmax alone, in its own process. decode: tokens/s of all clients together while all "
     "of them decode; wall: the whole run, prefill included; ratio: decode beside bare, median of the rounds."
@@ -36,6 +39,8 @@ def print_decode(result: DecodeResult, options: DecodeOptions, console: Console)
             table.add_row(*row)
         table.add_section()
     console.print(table)
+    if result.noise > MAX_NOISE:
+        console.print(f"NOT TO BE TRUSTED: equal rounds differ by {result.noise:.0%}, so the machine was not quiet")
     if result.hop is not None:
         first_ms, whole_ms = result.hop.first_s * 1e3, result.hop.whole_s * 1e3
         console.print(f"gateway hop: {first_ms:+.2f} ms to the first byte, {whole_ms:+.2f} ms to the last, which waits")

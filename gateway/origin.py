@@ -35,7 +35,7 @@ _CLIENTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("open-webui", r"open-?webui"),
         ("continue", r"\bcontinue(dev)?/"),
         ("cline", r"\bcline\b"),
-        ("roo-code", r"\broo-?code\b|RooCode"),
+        ("roo-code", r"\broo[- ]?code\b"),
         ("aider", r"\baider\b"),
         ("opencode", r"\bopencode\b"),
         ("zed", r"^zed/"),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import platformdirs
+
 from compat.browser import parse_origins
 from compat.keep_alive import parse_keep_alive
-
 from engines.errors import BadRequest
 
 T = TypeVar("T")

@@ -248,9 +248,9 @@ class Context:
         """Let the empty `slot` begin with the first `count` positions of `source`; costs metadata, no cells."""
         lib.llama_memory_seq_cp(self._memory, source, slot, 0, count)
 
-    def remove(self, slot: int) -> None:
-        """Forget everything in `slot`; its cells are free again."""
-        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+    def remove(self, slot: int, start: int = 0) -> None:
+        """Forget everything in `slot` from position `start` on; cells that nobody else shares are free again."""
+        lib.llama_memory_seq_rm(self._memory, slot, start, -1)
 
 
 class Sampler:

@@ -106,6 +106,30 @@ class KVCache:
                 self.num_free_cells += run.length
         self._free_slots.append(slot)
 
+    def take_over(self, slot: int, count: int) -> None:
+        """Go on in a kept slot, with its first `count` positions; the rest is dropped and it is kept no longer."""
+        del self._kept[slot]
+        runs = self._runs[slot]
+        length = 0
+        for run in list(runs):
+            if length < count < length + run.length:
+                self._split(run, count - length)
+            length += run.length
+        while runs and self.length(slot) > count:
+            run = runs.pop()
+            run.holders.discard(slot)
+            if not run.holders:
+                self.num_free_cells += run.length
+
+    def num_freed_by(self, slot: int, count: int) -> int:
+        """Cells that are free once a slot gives up all but its first `count` positions."""
+        freed, end = 0, 0
+        for run in self._runs[slot]:
+            end += run.length
+            if run.holders == {slot}:
+                freed += min(run.length, max(end - count, 0))
+        return freed
+
     def keep(self, slot: int, tokens: Iterable[int]) -> None:
         """Remember a finished sequence: `tokens` are those whose cells its slot holds."""
         self._kept[slot] = np.fromiter(tokens, np.int32)
@@ -118,6 +142,10 @@ class KVCache:
             return None
         self._kept.move_to_end(best[1])
         return best[1], best[0]
+
+    def is_kept(self, slot: int) -> bool:
+        """Whether a slot holds what a finished sequence left behind."""
+        return slot in self._kept
 
     def least_recently_used(self, *, but: int | None = None) -> int | None:
         """The kept slot to drop first, other than `but`."""

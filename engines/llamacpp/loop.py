@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engines.events import FinishReason
 from engines.llamacpp.bindings import Context, DecodeFailed, OutOfCells
-from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler
+from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler, Trim
 from engines.llamacpp.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -153,12 +153,15 @@ class EngineLoop:
             self._publish(outputs)
         self.totals.overhead_s += time.monotonic() - after + before - started
 
-    def _apply(self, change: Clear | Copy) -> None:
+    def _apply(self, change: Clear | Copy | Trim) -> None:
         match change:
             case Clear(slot):
                 self._context.remove(slot)
             case Copy(source, slot, count):
                 self._context.copy(source, slot, count)
+                self.totals.reused_tokens += count
+            case Trim(slot, count):
+                self._context.remove(slot, count)
                 self.totals.reused_tokens += count
 
     def _fill(self, batch: Batch, now: float) -> list[int]:

@@ -48,12 +48,20 @@ class Copy:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Forget all but the first `count` positions of a slot."""
+
+    slot: int
+    count: int
+
+
 @dataclass(slots=True)
 class Batch:
     """What to compute in one step, and what to do to the cache before it, in this order."""
 
     slices: list[Slice] = field(default_factory=list)
-    changes: list[Clear | Copy] = field(default_factory=list)
+    changes: list[Clear | Copy | Trim] = field(default_factory=list)
     num_preempted: int = 0
 
     @property
@@ -194,33 +202,47 @@ class Scheduler:
             if is_coming:
                 continue
             needed = sequence.num_pending - shared
-            reserve = promised + self.headroom * len(self.running)
-            if not self._make_space(needed + reserve, source, batch):
+            space = needed + promised + self.headroom * len(self.running)
+            if not self._place(sequence, source, shared, space, batch):
                 return
-            self.waiting.remove(sequence)
-            self._start(sequence, source, shared, batch)
             count = min(needed, budget)
             batch.slices.append(Slice(sequence, count))
             budget, promised = budget - count, promised + needed
 
-    def _start(self, sequence: Sequence, source: int, shared: int, batch: Batch) -> None:
-        sequence.slot = slot = self.cache.open()
-        self.running.append(sequence)
+    def _place(self, sequence: Sequence, source: int, shared: int, space: int, batch: Batch) -> bool:
+        """Give a sequence a slot that begins with what it shares, if `space` cells can be had; False if not.
+
+        Finished sequences are forgotten as needed, the one to begin from last: then the newcomer goes on in its slot.
+        """
+        while self.cache.num_free_cells < space or not self.cache.num_free_slots:
+            slot = self.cache.least_recently_used(but=source)
+            if slot is None:
+                return self._take_over(sequence, source, shared, space, batch)
+            self.cache.close(slot)
+            batch.changes.append(Clear(slot))
+        slot = self.cache.open()
         if shared:
             self.cache.share(source, slot, shared)
             batch.changes.append(Copy(source, slot, shared))
-            sequence.num_cached = shared
-            sequence.num_reused = sequence.num_reused or (0 if sequence.num_generated else shared)
-
-    def _make_space(self, cells: int, source: int, batch: Batch) -> bool:
-        """Forget finished sequences, though not `source`, until there is a slot and so many free cells."""
-        while self.cache.num_free_cells < cells or not self.cache.num_free_slots:
-            slot = self.cache.least_recently_used(but=source)
-            if slot is None:
-                return False
-            self.cache.close(slot)
-            batch.changes.append(Clear(slot))
+        self._start(sequence, slot, shared)
         return True
+
+    def _take_over(self, sequence: Sequence, source: int, shared: int, space: int, batch: Batch) -> bool:
+        if not self.cache.is_kept(source):
+            return False
+        if self.cache.num_free_cells + self.cache.num_freed_by(source, shared) < space:
+            return False
+        self.cache.take_over(source, shared)
+        batch.changes.append(Trim(source, shared))
+        self._start(sequence, source, shared)
+        return True
+
+    def _start(self, sequence: Sequence, slot: int, shared: int) -> None:
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.slot, sequence.num_cached = slot, shared
+        if not sequence.num_generated:
+            sequence.num_reused = shared
 
     def _longest_prefix(self, sequence: Sequence) -> tuple[int, int, bool]:
         """Where to take a prefix from, how long it is, and whether a longer one is being prefilled right now.

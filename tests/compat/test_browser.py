@@ -74,7 +74,7 @@ async def test_the_server_s_own_pages_are_not_cross_origin(headers: dict[str, st
 
 async def test_a_preflight_is_answered_without_the_app() -> None:
     """204 with methods, age and headers, those of official clients among them and no others."""
-    asked = "authorization, x-stainless-new-thing, x-evil, x-stainless-\u00e9"
+    asked = "authorization, x-stainless-new-thing, x-evil, x-stainless-a:b"
     response = await ask(
         "OPTIONS", host="evil.com", origin="http://localhost:3000", access_control_request_headers=asked
     )
@@ -84,7 +84,7 @@ async def test_a_preflight_is_answered_without_the_app() -> None:
     assert response.headers["access-control-max-age"] == "43200"
     assert response.headers["vary"] == "Origin, Access-Control-Request-Method, Access-Control-Request-Headers"
     assert {"Authorization", "OpenAI-Beta", "x-api-key", "x-stainless-os", "x-stainless-new-thing"} <= set(allowed)
-    assert not {"x-evil", "x-stainless-\u00e9"} & set(allowed)
+    assert not {"x-evil", "x-stainless-a:b"} & set(allowed)
     assert len(set(allowed)) == len(allowed)
 
 

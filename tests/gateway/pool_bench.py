@@ -44,6 +44,7 @@ class FakeRunner:
         self.key = key
         self.timeout_s = 0.0
         self.num_stops = 0
+        self.stopping = asyncio.Event()
         self._on_exit = on_exit
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -58,6 +59,7 @@ class FakeRunner:
     async def stop(self) -> None:
         """End a load that is under way, and wait until the test says that it is gone."""
         self.num_stops += 1
+        self.stopping.set()
         self.fail(ModelLoadFailed("stopped"))
         await asyncio.shield(self._gone)
 

@@ -3,7 +3,7 @@
 import ipaddress
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import httpx
 import ollama
@@ -287,7 +287,9 @@ _names = st.sampled_from(
     ["x-request-origin", "x-forwarded-for", "x-openwebui-user-email", "user-agent", "x-title", "x-real-ip", "forwarded"]
 )
 _wire = st.lists(st.tuples(_names, _values), max_size=6).map(lambda pairs: headers(*pairs))
-_hostile = st.sampled_from(['x; caller="', '"; user="', "caller=", "10.0.0.1, ", "%", "[", "\r\n", "\x9b", "alice", "é"])
+_hostile = st.sampled_from(
+    ['x; caller="', '"; user="', "caller=", "10.0.0.1, ", "%", "[", "\r\n", "\x9b", "alice", "é"]
+)
 _assertions = st.lists(st.one_of(_hostile, _values), max_size=6).map("".join)
 
 
@@ -321,13 +323,15 @@ def test_whatever_a_trusted_peer_says_the_origin_can_be_sent(sent: Headers, asse
     assert_sendable(render_origin(origin))
 
 
-def origins() -> Iterator[st.SearchStrategy[str]]:
-    """Names as `resolve` makes them."""
-    name = st.text(st.characters(min_codepoint=0x20, max_codepoint=255), min_size=1, max_size=MAX_NAME_CHARS)
-    yield name.map(str.strip).filter(lambda text: bool(text) and parse_assertion(text) == {"caller": text})
+# Names as `resolve` lets them through.
+_callers = (
+    st.text(st.characters(min_codepoint=0x20, max_codepoint=255), min_size=1, max_size=MAX_NAME_CHARS)
+    .map(str.strip)
+    .filter(lambda text: parse_assertion(text) == {"caller": text})
+)
 
 
-@given(next(origins()), st.sampled_from(sorted(KNOWN_CLIENTS)), st.one_of(st.just(""), next(origins())))
+@given(_callers, st.sampled_from(sorted(KNOWN_CLIENTS)), st.one_of(st.just(""), _callers))
 def test_a_rendered_origin_is_read_back_as_it_was(caller: str, client: str, user: str) -> None:
     """One gateway behind another keeps who asked."""
     origin = Origin(SURFACE, caller, client, user, Trust.VOUCHED)

@@ -357,8 +357,7 @@ async def test_an_idle_runner_expires_by_itself() -> None:
     bench = Bench(clock=time.monotonic)
     bench.release(await bench.lease(keep_alive_s=0.01))
     async with asyncio.timeout(10):
-        while bench.pool.residents:
-            await asyncio.sleep(0.005)
+        await bench.runners[0].stopping.wait()
     assert bench.runners[0].num_stops == 1
 
 
@@ -451,18 +450,18 @@ async def test_pinned_runners_drain_last_too() -> None:
     other.cancel()
 
 
-async def test_patience_ends_by_itself() -> None:
-    """On the real clock's timer, with nobody asking."""
+async def test_the_pool_wakes_itself_when_patience_ends() -> None:
+    """With nobody asking or leaving."""
     bench = Bench(max_residents=1)
-    running = await bench.lease("a")
+    await bench.lease("a")
     asking = bench.ask("b")
-    await bench.pass_time(PATIENCE_S - 0.01)
-    bench.now = PATIENCE_S
-    async with asyncio.timeout(10):
-        while not bench.pool.residents[0].is_draining:
-            await asyncio.sleep(0.005)
-    bench.release(running)
+    await turn()
+    assert bench.pool._timer is not None
+    due_s = bench.pool._timer.when() - asyncio.get_running_loop().time()
+    assert due_s == pytest.approx(PATIENCE_S, abs=1)
     asking.cancel()
+    await turn()
+    assert bench.pool._timer is None
 
 
 async def test_a_crash_removes_the_runner_and_the_next_request_starts_another() -> None:

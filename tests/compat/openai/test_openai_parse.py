@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_fakes import ORIGIN, card
 
-from compat.openai.decode import decode_chat, decode_completion
 from compat.keep_alive import parse_keep_alive
+from compat.openai.decode import decode_chat, decode_completion
 from compat.openai.parse import parse_chat, parse_completion
 from engines.errors import BadRequest, UnsupportedCapability
 from engines.request import FOREVER, GenerateRequest, LoadOptions, Message, OutputFormat, Sampling, Tool, ToolCall

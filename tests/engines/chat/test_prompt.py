@@ -18,7 +18,8 @@ THINKING = (
     "{% if add_generation_prompt %}[a]{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}{% endif %}"
 )
 """The prompt opens or closes the reasoning itself."""
-OPENS_ITSELF = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}" + (
+OPENS_ITSELF = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
     "{# <think> </think> #}"
 )
 """The model writes `<think>` itself."""

@@ -107,6 +107,18 @@ class Books(RuleBasedStateMachine):
         self.cache.close(slot)
         del self.cells[slot]
 
+    @precondition(lambda self: self.cells)
+    @rule(data=st.data())
+    def take_over(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.cells)))
+        count = data.draw(st.integers(0, len(self.cells[slot])))
+        self.cache.keep(slot, range(len(self.cells[slot])))
+        free = self.cache.num_free_cells + self.cache.num_freed_by(slot, count)
+        self.cache.take_over(slot, count)
+        assert self.cache.num_free_cells == free
+        assert not self.cache.is_kept(slot)
+        self.cells[slot] = self.cells[slot][:count]
+
     @invariant()
     def counts_agree(self) -> None:
         used = {id(cell) for cells in self.cells.values() for cell in cells}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engines.llamacpp.detokenize import TextStream
-from engines.llamacpp.scheduler import Batch, Scheduler
+from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler, Trim
 from engines.llamacpp.sequence import Sequence
 
 
@@ -23,13 +23,24 @@ class NoSampler:
 
 def sequence(num_prompt: int, *, num_ctx: int = 1000, max_tokens: int = 1000) -> Sequence:
     """A new sequence whose prompt has that many tokens."""
+    return asking(list(range(num_prompt)), num_ctx=num_ctx, max_tokens=max_tokens)
+
+
+def asking(prompt: list[int], *, num_ctx: int = 1000, max_tokens: int = 1000) -> Sequence:
+    """A new sequence with that prompt."""
     text = TextStream(lambda token: b"x", lambda token: False, ())
-    return Sequence(list(range(num_prompt)), num_ctx, max_tokens, NoSampler(), text)
+    return Sequence(prompt, num_ctx, max_tokens, NoSampler(), text)
 
 
 def scheduler(**changes: Any) -> Scheduler:
-    """A roomy scheduler without headroom, unless said otherwise."""
-    return Scheduler(**{"num_cells": 1000, "num_slots": 8, "num_batch": 100, "headroom": 0, **changes})
+    """A roomy scheduler without headroom that shares nothing, unless said otherwise."""
+    roomy = {"num_cells": 1000, "num_slots": 8, "num_batch": 100, "headroom": 0, "shares_prefixes": False}
+    return Scheduler(**{**roomy, **changes})
+
+
+def cleared(batch: Batch) -> list[int]:
+    """The slots that a batch clears."""
+    return [change.slot for change in batch.changes if isinstance(change, Clear)]
 
 
 def step(machine: Scheduler) -> Batch:
@@ -152,10 +163,10 @@ def test_the_youngest_is_preempted_and_later_resumes_with_what_it_said() -> None
     machine.add(young)
     step(machine)
     machine.add(waiting)
-    cleared: list[int] = []
-    while not cleared:
-        cleared = step(machine).cleared
-    assert cleared == [1]
+    slots: list[int] = []
+    while not slots:
+        slots = cleared(step(machine))
+    assert slots == [1]
     assert (young.slot, young.num_cached) == (None, 0)
     assert list(machine.waiting) == [young, waiting], "ahead of those who never ran"
     said = len(young.tokens)
@@ -175,7 +186,7 @@ def test_a_preempted_sequence_does_not_return_in_the_same_step() -> None:
     machine.add(young)
     for _ in range(3):
         batch = step(machine)
-        if batch.cleared:
+        if cleared(batch):
             assert shape(batch) == [(old, 1)]
             return
     raise AssertionError("nobody was preempted")
@@ -195,7 +206,7 @@ def test_the_oldest_always_goes_on() -> None:
 
 
 def test_removal_works_in_every_state() -> None:
-    """Waiting, prefilling, decoding and preempted sequences can all be dropped; only those with a slot need clearing."""
+    """Waiting, prefilling, decoding and preempted sequences can be dropped; only a slot needs clearing."""
     machine = scheduler(num_cells=40, num_batch=20, num_slots=2)
     decoding, prefilling, waiting = sequence(5), sequence(30), sequence(1)
     machine.add(decoding)
@@ -208,11 +219,80 @@ def test_removal_works_in_every_state() -> None:
     assert machine.remove(prefilling) == 1
     machine.add(prefilling := sequence(10))
     step(machine)
-    machine.preempt_youngest()
+    assert machine.give_way() == 1
     assert machine.remove(prefilling) is None
     assert machine.remove(decoding) == 0
     assert machine.is_idle
     assert machine.num_free_cells == 40
+
+
+def test_a_prompt_that_begins_like_a_running_one_copies_its_cells() -> None:
+    """The second computes only what differs, and the cells of the common part are counted once."""
+    machine = scheduler(shares_prefixes=True)
+    first, second = asking([1] * 50 + [2] * 10), asking([1] * 50 + [3] * 5)
+    machine.add(first)
+    step(machine)
+    machine.add(second)
+    batch = step(machine)
+    assert batch.changes == [Copy(0, 1, 50)]
+    assert shape(batch) == [(first, 1), (second, 5)]
+    assert second.num_reused == 50
+    assert machine.cache.num_free_cells == 1000 - 61 - 5
+
+
+def test_a_prefix_that_is_being_prefilled_is_waited_for() -> None:
+    """Of several prompts with one unseen beginning, one computes it and the others begin where it ends."""
+    machine = scheduler(shares_prefixes=True, num_batch=20)
+    alike = [asking([1] * 50 + [2 + i] * 3) for i in range(3)]
+    for each in alike:
+        machine.add(each)
+    other = asking([9] * 4)
+    machine.add(other)
+    assert shape(step(machine)) == [(alike[0], 20)]
+    assert shape(step(machine)) == [(alike[0], 20)]
+    batch = step(machine)
+    assert shape(batch) == [(alike[0], 13), (other, 4)], "an unrelated prompt may pass"
+    batch = step(machine)
+    assert [change.count for change in batch.changes if isinstance(change, Copy)] == [50, 50]
+    assert all(each.num_reused == 50 for each in alike[1:])
+
+
+def test_what_a_finished_sequence_computed_is_reused() -> None:
+    """The next turn of a chat begins with the whole last one, its answer included."""
+    machine = scheduler(shares_prefixes=True)
+    turn = asking(list(range(20)))
+    machine.add(turn)
+    for _ in range(5):
+        step(machine)
+    assert machine.remove(turn) is None, "kept, so there is nothing to clear"
+    following = asking([*turn.tokens[:-1], 7, 8])
+    machine.add(following)
+    assert shape(step(machine)) == [(following, 2)]
+    assert following.num_reused == 24
+
+
+def test_finished_sequences_are_forgotten_before_anyone_is_preempted() -> None:
+    """Their cells are the first to go, least recently used first."""
+    machine = scheduler(shares_prefixes=True, num_cells=40)
+    for start in (100, 200):
+        machine.add(done := asking(list(range(start, start + 10))))
+        step(machine)
+        machine.remove(done)
+    machine.add(asking(list(range(30))))
+    assert cleared(step(machine)) == [0]
+
+
+def test_a_prompt_goes_on_in_the_slot_it_begins_from_when_there_is_no_room_for_both() -> None:
+    """A kept sequence that fills the cache gives up its tail to one that begins alike."""
+    machine = scheduler(shares_prefixes=True, num_cells=40)
+    machine.add(done := asking([1] * 36))
+    step(machine)
+    machine.remove(done)
+    machine.add(new := asking([1] * 10 + [2] * 20))
+    batch = step(machine)
+    assert batch.changes == [Trim(0, 10)]
+    assert shape(batch) == [(new, 20)]
+    assert machine.cache.num_free_cells == 10
 
 
 NUM_CELLS, NUM_SLOTS, NUM_BATCH = 48, 5, 16
@@ -221,18 +301,31 @@ NUM_CELLS, NUM_SLOTS, NUM_BATCH = 48, 5, 16
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, departures and steps, with windows that may each fill the whole cache."""
 
+    shares_prefixes = False
+
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = scheduler(
-            num_cells=NUM_CELLS, num_slots=NUM_SLOTS, num_batch=NUM_BATCH, busy_prefill=4, headroom=3
+            num_cells=NUM_CELLS,
+            num_slots=NUM_SLOTS,
+            num_batch=NUM_BATCH,
+            busy_prefill=4,
+            headroom=3,
+            shares_prefixes=self.shares_prefixes,
         )
         self.alive: list[Sequence] = []
 
-    @rule(num_prompt=st.integers(1, NUM_CELLS - 1), room=st.integers(0, 30), max_tokens=st.integers(0, 30))
-    def arrive(self, num_prompt: int, room: int, max_tokens: int) -> None:
-        """A request with any prompt and any window that the cache can hold."""
+    @rule(
+        num_prompt=st.integers(1, NUM_CELLS - 1),
+        num_alike=st.integers(0, NUM_CELLS),
+        room=st.integers(0, 30),
+        max_tokens=st.integers(0, 30),
+    )
+    def arrive(self, num_prompt: int, num_alike: int, room: int, max_tokens: int) -> None:
+        """A request with any prompt, of which some begins like others, and any window that the cache can hold."""
         num_ctx = min(num_prompt + 1 + room, NUM_CELLS)
-        new = sequence(num_prompt, num_ctx=num_ctx, max_tokens=max_tokens)
+        prompt = [index if index < num_alike else 1000 + index for index in range(num_prompt)]
+        new = asking(prompt, num_ctx=num_ctx, max_tokens=max_tokens)
         self.alive.append(new)
         self.scheduler.add(new)
 
@@ -262,7 +355,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def retreat(self) -> None:
         """The cache turned out fuller than counted."""
-        self.scheduler.preempt_youngest()
+        assert self.scheduler.give_way() is not None
 
     def finish(self, each: Sequence) -> None:
         """A sequence ends."""
@@ -272,15 +365,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def cells_are_enough(self) -> None:
         """Nothing is counted as cached beyond what the cache holds."""
-        assert sum(each.num_cached for each in self.alive) <= NUM_CELLS
-        assert self.scheduler.num_free_cells >= 0
+        assert self.scheduler.cache.num_free_cells >= 0
 
     @invariant()
     def slots_are_kept_apart(self) -> None:
         """Everyone is in one place, who runs has a slot of its own, and no slot is lost."""
-        slots = [each.slot for each in self.scheduler.running]
-        assert None not in slots
-        assert sorted([*slots, *self.scheduler._free_slots]) == list(range(NUM_SLOTS))
+        slots = [each.slot for each in self.scheduler.running if each.slot is not None]
+        assert len(slots) == len(self.scheduler.running)
+        cache = self.scheduler.cache
+        assert sorted([*slots, *cache._free_slots, *cache._kept]) == list(range(NUM_SLOTS))
+        held = [cache.length(slot) for slot in slots]
+        assert held == [each.num_cached for each in self.scheduler.running]
         assert all(each.slot is None and each.num_cached == 0 for each in self.scheduler.waiting)
         assert {*self.scheduler.running, *self.scheduler.waiting} == set(self.alive)
 
@@ -294,5 +389,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.is_idle
 
 
+class SharingMachine(SchedulerMachine):
+    """The same with prefixes shared."""
+
+    shares_prefixes = True
+
+
+SharingMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestSharingMachine = SharingMachine.TestCase
 SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
