@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 log = logging.getLogger(__name__)
 
 TAIL_LINES = 40
+LINE_BYTES = 500
 _KEPT = (
     "PATH", "HOME", "USER", "TMPDIR", "TEMP", "TMP", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
     "SYSTEMROOT",
@@ -46,7 +47,8 @@ async def run_process(argv: Sequence[str], *, name: str, grace_s: float = 5.0) -
     Raises:
         ProcessExited: the child ended by itself, with whatever status.
     """
-    child = await asyncio.create_subprocess_exec(
+    transport, child = await asyncio.get_running_loop().subprocess_exec(
+        lambda: _Child(name),
         *argv,
         stdin=asyncio.subprocess.PIPE,  # the child watches it: when we die, it closes
         stdout=asyncio.subprocess.DEVNULL,
@@ -54,48 +56,67 @@ async def run_process(argv: Sequence[str], *, name: str, grace_s: float = 5.0) -
         env=clean_environment(os.environ),
         start_new_session=True,
     )
-    assert child.stderr is not None
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    reading = asyncio.create_task(_keep_tail(child.stderr, tail, name))
     try:
-        status = await child.wait()
-        await asyncio.wait({reading}, timeout=1)
-        raise ProcessExited(status, "\n".join(tail))
+        await asyncio.wait({child.exited})
+        await asyncio.wait({child.fell_silent}, timeout=1)
+        raise ProcessExited(transport.get_returncode() or 0, child.tail)
     finally:
-        await asyncio.shield(asyncio.ensure_future(_stop(child, grace_s)))
-        reading.cancel()
+        await asyncio.shield(asyncio.ensure_future(_stop(transport, child, grace_s)))
 
 
-async def _stop(child: asyncio.subprocess.Process, grace_s: float) -> None:
+class _Child(asyncio.SubprocessProtocol):
+    """What we hear of a child. asyncio's own Process would also wait for everyone who inherited the pipes."""
+
+    def __init__(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[None] = loop.create_future()
+        self.fell_silent: asyncio.Future[None] = loop.create_future()
+        self._name = name
+        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self._partial = b""
+
+    @property
+    def tail(self) -> str:
+        """The last lines that it said."""
+        return "\n".join(self._lines)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Keep whole lines; of a long one, the beginning."""
+        *lines, rest = (self._partial + data).split(b"\n")
+        self._partial = rest[:LINE_BYTES]
+        for line in lines:
+            self._keep(line)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        """Nothing more will be said, once this is stderr."""
+        if fd == 2:
+            self._keep(self._partial)
+            self.fell_silent.set_result(None)
+
+    def process_exited(self) -> None:
+        """It ended."""
+        self.exited.set_result(None)
+
+    def _keep(self, line: bytes) -> None:
+        text = line[:LINE_BYTES].decode("utf-8", "replace").rstrip()
+        if text:
+            self._lines.append(text)
+            log.debug("%s: %s", self._name, text)
+
+
+async def _stop(transport: asyncio.SubprocessTransport, child: _Child, grace_s: float) -> None:
     """End the child's whole group, politely first."""
-    if child.returncode is None:
-        _signal_group(child.pid, signal.SIGTERM)
-        try:
-            await asyncio.wait_for(child.wait(), grace_s)
-        except TimeoutError:
-            log.warning("process %d ignored SIGTERM for %g s and is killed", child.pid, grace_s)
-    _signal_group(child.pid, signal.SIGKILL)  # whatever is left of the group
-    await child.wait()
+    pid = transport.get_pid()
+    if not child.exited.done():
+        _signal_group(pid, signal.SIGTERM)
+        await asyncio.wait({child.exited}, timeout=grace_s)
+        if not child.exited.done():
+            log.warning("process %d ignored SIGTERM for %g s and is killed", pid, grace_s)
+    _signal_group(pid, signal.SIGKILL)  # whatever is left of the group
+    await child.exited
+    transport.close()
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already; macOS says EPERM for zombies
         os.killpg(pid, number)
-
-
-async def _keep_tail(stream: asyncio.StreamReader, tail: deque[str], name: str) -> None:
-    while chunk := await _read_line(stream):
-        line = chunk.decode("utf-8", "replace").rstrip()
-        if line:
-            tail.append(line[:500])
-            log.debug("%s: %s", name, line)
-
-
-async def _read_line(stream: asyncio.StreamReader) -> bytes:
-    """A line, or a part of one that is too long for the buffer; empty at the end."""
-    try:
-        return await stream.readuntil(b"\n")
-    except asyncio.IncompleteReadError as end:
-        return end.partial
-    except asyncio.LimitOverrunError as overrun:
-        return await stream.readexactly(overrun.consumed)

@@ -23,9 +23,6 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from compat.browser import BrowserGuard
-from compat.ollama.routes import OllamaRoutes
-from compat.ollama.routes import http_error_response as ollama_http_error
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -33,9 +30,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from compat.browser import BrowserGuard
 from compat.model_runner.prefix import StripPrefix
 from compat.model_runner.routes import ModelRunnerRoutes
 from compat.model_runner.routes import surfaces as model_runner_surfaces
+from compat.ollama.routes import OllamaRoutes
+from compat.ollama.routes import http_error_response as ollama_http_error
 from compat.openai.routes import OpenAIRoutes
 from compat.openai.routes import http_error_response as openai_http_error
 from compat.openai.routes import surfaces as openai_surfaces

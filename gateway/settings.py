@@ -25,9 +25,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 DEFAULT_PORT = 11434
 _HOST = re.compile(
-    r"(?:(?P<scheme>https?)://)?"
+    r"(?:(?P<scheme>https?)://|(?!.*://))"
     r"(?P<host>\[[^\]]*\]|[^:/]*|[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*)"
-    r"(?::(?P<port>\d+))?(?:/.*)?"
+    r"(?::(?P<port>\d*))?(?:/.*)?"
 )
 
 
@@ -89,7 +89,9 @@ class Settings:
             port=port,
             models=read("OLLAMA_MODELS", "~/.ollama/models", _path, "a directory"),
             data=data,
-            database_url=env.get("HEADWATER_DATABASE_URL", "") or f"sqlite+aiosqlite:///{data / 'usage.db'}",
+            database_url=read(
+                "HEADWATER_DATABASE_URL", f"sqlite+aiosqlite:///{data / 'usage.db'}", str, "a database's address"
+            ),
             keep_alive_s=read("OLLAMA_KEEP_ALIVE", "5m", _keep_alive, "seconds or a duration such as 5m, -1 for ever"),
             load_timeout_s=read("OLLAMA_LOAD_TIMEOUT", "5m", _load_timeout, "seconds or a duration such as 5m"),
             num_parallel=read("OLLAMA_NUM_PARALLEL", "0", _count, "a whole number, 0 to choose"),
@@ -118,7 +120,7 @@ class _Reader:
         self._env = env
 
     def __call__(self, variable: str, default: str, parse: Callable[[str], T], accepted: str) -> T:
-        value = self._env.get(variable, "").strip().strip("\"'") or default
+        value = self._env.get(variable, "").strip(" \t\r\n\"'") or default
         try:
             return parse(value)
         except (ValueError, BadRequest) as error:

@@ -55,7 +55,7 @@ def _decode_before(data: bytes, complaint: str) -> JSON:
     if position >= len(data):
         raise BadRequest("unexpected EOF")
     context = _CONTEXTS.get(what, "looking for beginning of value")
-    raise BadRequest(f"invalid character '{quote(chr(data[position]))[1:-1]}' {context}")
+    raise BadRequest(f"invalid character {_quote_character(chr(data[position]))} {context}")
 
 
 def _mend(data: bytes) -> bytes:
@@ -74,6 +74,12 @@ def encode(value: object) -> bytes:
 def quote(text: str) -> str:
     """The text as a Go string literal, `%q`."""
     return '"' + "".join(_GO_ESCAPES.get(character) or _printable(character) for character in text) + '"'
+
+
+def _quote_character(character: str) -> str:
+    """The character as Go's decoder shows it, each kind of quote in the other."""
+    shown = {"'": "\\'", '"': '"'}.get(character) or quote(character)[1:-1]
+    return f"'{shown}'"
 
 
 def _printable(character: str) -> str:

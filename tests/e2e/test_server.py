@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import aclosing, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def client(server: Server) -> ollama.Client:
+@contextmanager
+def asking(server: Server) -> Iterator[Any]:
     """An unmodified Ollama client."""
-    return ollama.Client(server.url)
+    with closing(ollama.Client(server.url)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Any]:
+    """An unmodified Ollama client for the shared server."""
+    with asking(server) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -181,16 +190,25 @@ async def _sixteen_chats(server: Server) -> dict[str, tuple[int, int]]:
     return seen
 
 
+class AsyncOllama(ollama.AsyncClient):
+    """Ollama's client, closed as asynchronous things usually are."""
+
+    async def aclose(self) -> None:
+        await self.close()  # type: ignore[no-untyped-call]  # the package leaves it untyped
+
+
 async def _ollama_chat(server: Server, seed: int) -> tuple[int, int]:
     options = {"temperature": 0.7, "num_predict": 60, "seed": seed}
-    answer: Any = await ollama.AsyncClient(server.url).chat("demo", messages=STORY, options=options)
+    async with aclosing(AsyncOllama(server.url)) as client:
+        answer: Any = await client.chat("demo", messages=STORY, options=options)
     return answer.prompt_eval_count, answer.eval_count
 
 
 async def _ollama_generate(server: Server, seed: int) -> tuple[int, int]:
     options = {"temperature": 0.7, "num_predict": 60, "seed": seed}
-    parts = await ollama.AsyncClient(server.url).generate("demo", "Tell me a story.", stream=True, options=options)
-    last: Any = [part async for part in parts][-1]
+    async with aclosing(AsyncOllama(server.url)) as client:
+        parts = await client.generate("demo", "Tell me a story.", stream=True, options=options)
+        last: Any = [part async for part in parts][-1]
     return last.prompt_eval_count, last.eval_count
 
 
@@ -246,7 +264,8 @@ def _ask_until(url: str, done: threading.Event, finished: list[str]) -> None:
 def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
     """Workers end when their parent dies, whatever killed it."""
     server = start(tmp_path)
-    ollama.Client(server.url).generate("demo", prompt="")
+    with asking(server) as client:
+        client.generate("demo", prompt="")
     (worker,) = workers_of(server)
     server.kill()
     deadline = time.monotonic() + 10
@@ -258,11 +277,12 @@ def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """A request that runs at SIGTERM is answered to its end and recorded; no process and no socket remains."""
     server = start(tmp_path)
-    stream = ollama.Client(server.url).chat("demo", messages=STORY, options={"temperature": 0}, stream=True)
-    next(stream)
-    workers = workers_of(server)
-    server.process.send_signal(signal.SIGTERM)
-    assert list(stream)[-1].done
+    with asking(server) as client:
+        stream = client.chat("demo", messages=STORY, options={"temperature": 0}, stream=True)
+        next(stream)
+        workers = workers_of(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].done
     assert server.stop() == 0
     assert [row["finish_reason"] for row in rows(server)] == ["stop"]
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
@@ -271,8 +291,7 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) 
 
 def test_a_worker_that_is_killed_mid_stream_is_an_error_on_record_and_is_replaced(tmp_path: Path) -> None:
     """The stream ends with an error line, the row says so, and the next request is served."""
-    with serving(tmp_path) as server:
-        client = ollama.Client(server.url)
+    with serving(tmp_path) as server, asking(server) as client:
         long = {"temperature": 1.5, "num_predict": 3000, "seed": 1}
         stream = client.generate("demo", "Once upon a time", raw=True, stream=True, options=long)
         next(stream)
@@ -396,13 +415,13 @@ def test_the_demo_stays_deleted(tmp_path: Path) -> None:
     with serving(tmp_path):
         pass
     (tmp_path / "models/manifests/registry.ollama.ai/library/demo/latest").unlink()
-    with serving(tmp_path) as server:
-        assert ollama.Client(server.url).list().models == []
+    with serving(tmp_path) as server, asking(server) as client:
+        assert client.list().models == []
 
 
 def test_more_models_than_fit_take_turns(tmp_path: Path) -> None:
     """With room for one model, two are served one after the other and only one stays."""
-    with serving(tmp_path, OLLAMA_MAX_LOADED_MODELS="1") as server:
+    with serving(tmp_path, OLLAMA_MAX_LOADED_MODELS="1") as server, asking(server) as client:
         manifests = tmp_path / "models/manifests/registry.ollama.ai/library"
         manifest = json.loads((manifests / "demo/latest").read_text())
         layer = next(layer for layer in manifest["layers"] if layer["mediaType"].endswith(".model"))
@@ -411,7 +430,6 @@ def test_more_models_than_fit_take_turns(tmp_path: Path) -> None:
         (tmp_path / "models/blobs" / other.replace(":", "-")).symlink_to(weights)
         (manifests / "other").mkdir()
         (manifests / "other/latest").write_text(json.dumps({**manifest, "layers": [{**layer, "digest": other}]}))
-        client = ollama.Client(server.url)
         for name in ("demo", "other", "demo"):
             options = {"temperature": 0}
             assert client.chat(name, messages=FRANCE, think=False, options=options).message.content == PARIS

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import eventually, is_alive, pid_in
 
-from engines.process import TAIL_LINES, ProcessExited, clean_environment, run_process
+from engines.process import LINE_BYTES, TAIL_LINES, ProcessExited, clean_environment, run_process
 
 READY = """
 import os, pathlib, signal, subprocess, sys, time
@@ -70,7 +69,7 @@ async def test_the_last_words_are_kept() -> None:
 async def test_enormous_lines_are_bounded() -> None:
     """Megabytes without a line break neither block the child nor fill our memory."""
     end = await said("sys.stderr.write('x' * 5_000_000 + '\\nlast words'); sys.exit(1)")
-    assert len(end.tail) <= TAIL_LINES * 501
+    assert len(end.tail) <= TAIL_LINES * (LINE_BYTES + 1)
     assert end.tail.splitlines()[-1] == "last words"
 
 
@@ -104,10 +103,12 @@ async def test_grandchildren_die_with_the_child(tmp_path: Path) -> None:
 
 async def test_grandchildren_die_when_the_child_ended_by_itself(tmp_path: Path) -> None:
     """They may even hold its stderr open; that is waited for a moment and not for ever."""
+    started = time.monotonic()
     program = "ready(sleeper(DEAF)); sys.exit(4)"
     with pytest.raises(ProcessExited) as caught:
         await run_process(python(program, tmp_path / "pid"), name="test")
     assert caught.value.status == 4
+    assert time.monotonic() - started < 20
     grandchild = pid_in(tmp_path / "pid")
     eventually(lambda: not is_alive(grandchild))
 

