@@ -99,8 +99,11 @@ class Response:
                 await self._connection.read_more()
 
     async def read(self) -> bytes:
-        """The whole body."""
-        return b"".join([chunk async for chunk in self.chunks()])
+        """The whole body; hangs up when it cannot be had."""
+        try:
+            return b"".join([chunk async for chunk in self.chunks()])
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Hang up, unless the response was read to its end."""

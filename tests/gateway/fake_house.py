@@ -1,8 +1,9 @@
 """A whole house on a temporary directory: real ledger, catalog, pool and worker processes; only the engine is fake."""
 
+import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,22 @@ async def fake_house(root: Path, model: dict[str, Any] | None = None, **env: str
         await house.close()
         assert house.pool.residents == []
         assert worker_pids() == []
-        assert list(root.rglob("*.sock")) == []
+        assert await asyncio.to_thread(sockets_below, root) == []
         assert house.ledger.num_unrecorded == 0
+
+
+def sockets_below(root: Path) -> list[Path]:
+    """Every worker's socket."""
+    return list(root.rglob("*.sock"))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Return when it holds, for what happens in another process and tells nobody."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen within 10 s")
 
 
 def worker_pids() -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_house import DIGEST, ask, describe_model, fake_backend, texts, worker_pids
+from fake_house import DIGEST, ask, describe_model, fake_backend, texts, until, worker_pids
 
 from engines.backend import Backend, BackendConfiguration
 from engines.errors import HeadwaterError, ModelLoadFailed, PromptTooLong, WorkerCrashed
@@ -180,7 +180,7 @@ class Unstartable(Backend):
 
 async def test_a_program_that_is_not_there_is_a_failed_load(tmp_path: Path) -> None:
     """The operating system's words are kept."""
-    with pytest.raises(ModelLoadFailed, match="could not start a worker: .*llama-server"):
+    with pytest.raises(ModelLoadFailed, match=r"could not start a worker: .*llama-server"):
         await Handle(tmp_path, Unstartable()).runner.start(30)
 
 
@@ -211,6 +211,7 @@ async def test_a_worker_that_crashes_by_itself_is_told_with_its_exit_status(make
     with pytest.raises(WorkerCrashed, match="exit status 9"):
         await events_of(reply)
     assert reply.usage.completion_tokens == 2
+    reply.close()
 
 
 async def test_stop_during_the_load_ends_the_start_too(tmp_path: Path) -> None:
@@ -218,8 +219,7 @@ async def test_stop_during_the_load_ends_the_start_too(tmp_path: Path) -> None:
     describe_model(tmp_path, load_s=60)
     handle = Handle(tmp_path)
     starting = asyncio.create_task(handle.runner.start(float("inf")))
-    while not worker_pids():
-        await asyncio.sleep(0.01)  # noqa: ASYNC110  # nothing tells when a process has appeared
+    await until(worker_pids)
     await handle.runner.stop()
     with pytest.raises(ModelLoadFailed, match="was stopped while it was loading"):
         await starting
@@ -260,3 +260,4 @@ async def test_stop_ends_running_requests_as_errors(make: Make) -> None:
     await handle.runner.stop()
     with pytest.raises(HeadwaterError):
         await reading
+    reply.close()
