@@ -123,7 +123,7 @@ class _Connection:
         """Send a request; return when the head of its response has been read."""
         self.body: deque[bytes] = deque()
         self.status = 0
-        self.has_answered = self.is_complete = False
+        self.has_answered = self.is_complete = self.can_be_reused = False
         self._parser = httptools.HttpResponseParser(self)
         try:
             self._writer.write(message)
@@ -144,11 +144,6 @@ class _Connection:
         except (OSError, httptools.HttpParserError) as error:
             raise ConnectionBroken(str(error)) from error
 
-    @property
-    def can_be_reused(self) -> bool:
-        """Whether the next request may follow on this connection."""
-        return self.is_complete and self._parser.should_keep_alive()
-
     def close(self) -> None:
         """Hang up."""
         self._writer.close()
@@ -161,3 +156,4 @@ class _Connection:
 
     def on_message_complete(self) -> None:
         self.is_complete = True
+        self.can_be_reused = self._parser.should_keep_alive()  # a moment later the parser has forgotten

@@ -24,6 +24,9 @@ from engines.request import JSON
 T = TypeVar("T")
 _G = TypeVar("_G", bound=GenerationBody)
 
+_TYPES: dict[type, inspect.Type] = {kind: inspect.type_info(kind) for kind in (ChatBody, GenerateBody, ShowBody)}
+_FOLDED = (inspect.StructType, inspect.ListType, inspect.DictType)
+
 _MAX_TOP_LOGPROBS = 20
 _LEVELS = '"high", "medium", "low", "max", true, or false'
 _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
@@ -57,7 +60,7 @@ def _checked(body: _G) -> _G:
 def _decode(kind: type[T], go_name: str, data: bytes) -> T:
     value = decode_first(data)
     try:
-        value = _fold({} if value is None else value, inspect.type_info(kind))
+        value = _fold({} if value is None else value, _TYPES[kind])
         return msgspec.convert(value, kind, dec_hook=_read_custom)
     except msgspec.ValidationError as error:
         raise _explain(str(error), go_name, value) from None
@@ -83,9 +86,6 @@ def _fold(value: JSON, kind: inspect.Type) -> JSON:
             return {key: _fold(item, item_kind) for key, item in value.items()}
         case _:
             return value
-
-
-_FOLDED = (inspect.StructType, inspect.ListType, inspect.DictType)
 
 
 @lru_cache

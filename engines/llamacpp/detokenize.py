@@ -27,8 +27,8 @@ class Detokenizer:
 class StopFilter:
     """Holds back text that may be the beginning of a stop string.
 
-    The earliest match wins, the longest where two begin together. `matched` tells that one was found; everything from
-    it on is dropped.
+    The match that is complete first wins, the longest where two end together, so that it does not matter how the text
+    is cut into pieces. `matched` tells that one was found; everything from its beginning on is dropped.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -42,10 +42,10 @@ class StopFilter:
         if not self._stops or self.matched:
             return "" if self.matched else text
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.matched = True
-            return self._take(min(found), drop_rest=True)
+            return self._take(min(found)[1], drop_rest=True)
         return self._take(len(self._held) - self._length_of_possible_stop())
 
     def flush(self) -> str:

@@ -37,6 +37,7 @@ class KVCache:
     def __init__(self, *, num_cells: int, num_slots: int) -> None:
         self.num_cells = num_cells
         self.num_free_cells = num_cells
+        self.num_idle_cells = 0  # held by kept slots alone
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._runs: dict[int, list[Run]] = {}
         self._kept: OrderedDict[int, Tokens] = OrderedDict()  # least recently used first
@@ -88,6 +89,7 @@ class KVCache:
             count -= run.length
         assert count == 0, "the source is shorter than what is to be shared"
         self._runs[slot] = taken
+        self._count_idle()
 
     def _split(self, run: Run, length: int) -> None:
         """Cut a run in two, in the books of everyone who holds it."""
@@ -105,6 +107,7 @@ class KVCache:
             if not run.holders:
                 self.num_free_cells += run.length
         self._free_slots.append(slot)
+        self._count_idle()
 
     def take_over(self, slot: int, count: int) -> None:
         """Go on in a kept slot, with its first `count` positions; the rest is dropped and it is kept no longer."""
@@ -120,6 +123,7 @@ class KVCache:
             run.holders.discard(slot)
             if not run.holders:
                 self.num_free_cells += run.length
+        self._count_idle()
 
     def num_freed_by(self, slot: int, count: int) -> int:
         """Cells that are free once a slot gives up all but its first `count` positions."""
@@ -134,6 +138,12 @@ class KVCache:
         """Remember a finished sequence: `tokens` are those whose cells its slot holds."""
         self._kept[slot] = np.fromiter(tokens, np.int32)
         assert len(self._kept[slot]) == self.length(slot)
+        self._count_idle()
+
+    def _count_idle(self) -> None:
+        """Done where holders change, a few times a request, so that other threads may read one plain number."""
+        runs = {run for slot in self._kept for run in self._runs[slot] if run.holders <= self._kept.keys()}
+        self.num_idle_cells = sum(run.length for run in runs)
 
     def best_kept(self, tokens: Tokens) -> tuple[int, int] | None:
         """The finished sequence that shares the longest prefix with `tokens`: its slot, and the prefix's length."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from engines.events import FinishReason
 from engines.llamacpp.bindings import Context, DecodeFailed, OutOfCells
+from engines.llamacpp.pace import Pace
 from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler, Trim
 from engines.llamacpp.sequence import Sequence
 
@@ -63,6 +64,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._publish = publish
         self._on_failure = on_failure
+        self._pace = Pace(max_chunk=scheduler.num_batch)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._alive: set[Sequence] = set()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
@@ -216,8 +218,11 @@ class EngineLoop:
         self.totals.preemptions += num_running - len(self._scheduler.running)
 
     def _count(self, batch: Batch, decode_s: float) -> None:
-        decodes = sum(1 for piece in batch.slices if piece.count == 1)
+        num_decodes = sum(1 for piece in batch.slices if piece.count == 1)
+        num_prefill = batch.num_tokens - num_decodes
         self.totals.steps += 1
-        self.totals.decode_tokens += decodes
-        self.totals.prefill_tokens += batch.num_tokens - decodes
+        self.totals.decode_tokens += num_decodes
+        self.totals.prefill_tokens += num_prefill
         self.totals.decode_s += decode_s
+        self._pace.observe(num_decodes=num_decodes, num_prefill=num_prefill, seconds=decode_s)
+        self._scheduler.busy_prefill = self._pace.chunk

@@ -112,12 +112,7 @@ class Scheduler:
     @property
     def num_free_cells(self) -> int:
         """Cells that nobody holds, or that only finished sequences hold."""
-        return self.num_cells - self.num_busy_cells
-
-    @property
-    def num_busy_cells(self) -> int:
-        """Cells that running sequences hold, shared ones counted once for each."""
-        return sum(sequence.num_cached for sequence in self.running)
+        return self.cache.num_free_cells + self.cache.num_idle_cells
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""

@@ -46,7 +46,7 @@ class FakeHouse(House):
 
 def fake_backend(root: Path) -> LlamaCppBackend:
     """A backend of real processes around the fake engine."""
-    return LlamaCppBackend(lambda digest: root / "model.json", engine="fake")
+    return LlamaCppBackend(lambda digest: root / "model.json", engine="fake", grace_s=1.0)
 
 
 def describe_model(root: Path, **says: Any) -> None:

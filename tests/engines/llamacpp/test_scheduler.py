@@ -364,8 +364,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def cells_are_enough(self) -> None:
-        """Nothing is counted as cached beyond what the cache holds."""
-        assert self.scheduler.cache.num_free_cells >= 0
+        """Nothing is counted as cached beyond what the cache holds, and idle cells are those of nobody who runs."""
+        cache = self.scheduler.cache
+        assert cache.num_free_cells >= 0
+        busy = {run for each in self.scheduler.running if each.slot is not None for run in cache._runs[each.slot]}
+        assert self.scheduler.num_free_cells == NUM_CELLS - sum(run.length for run in busy)
 
     @invariant()
     def slots_are_kept_apart(self) -> None:

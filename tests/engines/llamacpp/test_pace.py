@@ -1,0 +1,47 @@
+"""How much prefill rides along with decoding."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.llamacpp.pace import MIN_CHUNK, Pace
+
+
+def test_the_chunk_is_what_the_slowdown_affords() -> None:
+    """With decodes of 50 ms and 2 ms a prompt token, a step of 2.5 times the length has room for 37 tokens."""
+    pace = Pace(slowdown=2.5, max_chunk=512)
+    pace.observe(num_decodes=4, num_prefill=0, seconds=0.050)
+    pace.observe(num_decodes=0, num_prefill=100, seconds=0.200)
+    assert pace.chunk == 37
+
+
+def test_prompt_tokens_cost_what_they_add_to_a_decoding_step() -> None:
+    """In a mixed step the decodes are not the prompt's fault."""
+    pace = Pace(slowdown=2.0, max_chunk=512)
+    pace.observe(num_decodes=4, num_prefill=0, seconds=0.050)
+    pace.observe(num_decodes=4, num_prefill=25, seconds=0.100)
+    assert pace.chunk == 25
+
+
+def test_a_machine_on_which_prefill_is_cheap_takes_the_largest_chunk() -> None:
+    """The batch size bounds what is affordable."""
+    pace = Pace(max_chunk=512)
+    pace.observe(num_decodes=1, num_prefill=0, seconds=0.050)
+    pace.observe(num_decodes=0, num_prefill=1000, seconds=0.010)
+    assert pace.chunk == 512
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0, 100))),
+    st.integers(MIN_CHUNK, 4096),
+)
+def test_the_chunk_stays_within_its_bounds_whatever_is_observed(
+    steps: list[tuple[int, int, float]], max_chunk: int
+) -> None:
+    """No sequence of steps starves a prompt or exceeds the batch."""
+    pace = Pace(max_chunk=max_chunk)
+    for num_decodes, num_prefill, seconds in steps:
+        if num_decodes or num_prefill:
+            pace.observe(num_decodes=num_decodes, num_prefill=num_prefill, seconds=seconds)
+        assert MIN_CHUNK <= pace.chunk <= max_chunk
