@@ -65,6 +65,15 @@ class ModelCard:
         """The model's own load options, from its params layer."""
         return parse_load_options(self.parameters)
 
+    def introduce(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """A chat opened as the model's author wants it: with its own turns, and before them its system text.
+
+        A chat that begins with a system message keeps that one alone (`spec/ollama.md` section 5.2).
+        """
+        if self.system and not (messages and messages[0].role == "system"):
+            return Message("system", self.system), *self.messages, *messages
+        return *self.messages, *messages
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from engines.errors import Cancelled, HeadwaterError
 from engines.events import ChoiceFinished, Event, Finished, FinishReason, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import GenerateRequest, LoadOptions, Message, Mode
+from engines.request import GenerateRequest, Mode
 from engines.store.catalog import Catalog
 from gateway.accounting import CLIENT_GONE, Account, Accounts
 from gateway.pool import Lease, Pool, RunnerKey
@@ -128,12 +128,8 @@ class Dispatch:
 
 def _complete(request: GenerateRequest, card: ModelCard) -> GenerateRequest:
     """The request with what the model and the dialect say where the client said nothing."""
-    load: LoadOptions = request.load.over(card.load)
-    messages = request.messages
-    if messages and card.system and messages[0].role != "system":
-        messages = (Message("system", card.system), *messages)
     sampling = request.sampling.over(card.sampling).over(request.defaults)
-    return replace(request, messages=messages, sampling=sampling, load=load)
+    return replace(request, sampling=sampling, load=request.load.over(card.load))
 
 
 def _reason(error: HeadwaterError) -> str:

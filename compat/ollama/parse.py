@@ -39,7 +39,7 @@ def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Orig
     _refuse_unsupported(body)
     return replace(
         request,
-        messages=_chat_messages(body, card),
+        messages=card.introduce(tuple(map(_parse_message, body.messages))),
         tools=tuple(parse_tool(tool) for tool in body.tools),
         format=_parse_format(body.format),
     )
@@ -119,14 +119,6 @@ def _refuse_unsupported_prompt(body: GenerateBody) -> None:
         raise UnsupportedFeature("suffix is not supported yet", param="suffix")
     if body.raw and body.images:
         raise UnsupportedFeature("images in raw mode are not supported yet", param="images")
-
-
-def _chat_messages(body: ChatBody, card: ModelCard) -> tuple[Message, ...]:
-    """The model's own messages first, and before all its SYSTEM, unless the chat itself begins with one."""
-    messages = (*card.messages, *map(_parse_message, body.messages))
-    if card.system and body.messages[0].role.lower() != "system":
-        return Message("system", card.system), *messages
-    return messages
 
 
 def _generate_messages(body: GenerateBody, card: ModelCard) -> tuple[Message, ...]:

@@ -46,7 +46,7 @@ def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Orig
         id=request_id,
         model=body.model,
         origin=origin,
-        messages=parse_messages(body.messages, card),
+        messages=card.introduce(parse_messages(body.messages, card)),
         tools=parse_tools(body),
         format=_format(body),
         sampling=sampling,

@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gateway.settings import Settings
 
 ORIGIN = Origin("ollama/completion", "tester", "curl")
 DIGEST = "sha256:" + "0" * 64
+_ids = count()
 
 
 class FakeHouse(House):
@@ -96,14 +98,7 @@ def _is_worker(child: psutil.Process) -> bool:
 
 def ask(text: str = "one two three", model: str = "demo", **fields: Any) -> GenerateRequest:
     """A chat of one message, under an id of its own."""
-    ask.count = getattr(ask, "count", 0) + 1  # type: ignore[attr-defined]  # counts across tests
-    return GenerateRequest(
-        f"req_{ask.count:032x}",  # type: ignore[attr-defined]  # set above
-        model,
-        ORIGIN,
-        messages=(Message("user", text),),
-        **fields,
-    )
+    return GenerateRequest(f"req_{next(_ids):032x}", model, ORIGIN, messages=(Message("user", text),), **fields)
 
 
 async def texts(events: AsyncIterator[Event]) -> list[str]:
