@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -173,6 +174,7 @@ async def serve(engine: InferenceBackend, socket: Path, model: Path, config: Loa
             timeout_graceful_shutdown=5,
         )
     )
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it while it serves, then raises it once more
     serving = asyncio.create_task(server.serve())
     try:
         await engine.load(model, config)

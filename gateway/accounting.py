@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.errors import HeadwaterError, ModelNotFound
+from engines.errors import Cancelled, HeadwaterError, ModelNotFound
 from engines.events import FinishReason, Timings, Usage
 from engines.request import GenerateRequest, Mode, Origin
 from engines.wire import ORIGIN_HEADER, REQUEST_ID_HEADER
@@ -228,7 +228,10 @@ class _Responder:
             state, headers = self._scope["state"], MutableHeaders(scope=message)
             headers[REQUEST_ID_HEADER] = headers["Request-Id"] = state["request_id"]
             headers[ORIGIN_HEADER] = render_origin(state["origin"])
-        elif not message.get("more_body", False):
+            is_last = headers.get("content-length") == "0"  # a client has then seen the end
+        else:
+            is_last = not message.get("more_body", False)
+        if is_last:
             reason = REFUSED if self._status >= 400 else FinishReason.CANCEL.value
             await self._settle(reason, self._status)
         await self._send(message)
@@ -238,7 +241,9 @@ class _Responder:
         if self._account is None:
             return
         error = self._scope["state"].get("error")
-        if isinstance(error, HeadwaterError):
+        if isinstance(error, Cancelled):
+            reason = FinishReason.CANCEL.value
+        elif isinstance(error, HeadwaterError):
             self._account.error = self._account.error or error
             if isinstance(error, ModelNotFound):
                 self._account.model = self._account.model or error.name

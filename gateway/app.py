@@ -220,10 +220,10 @@ def bind(settings: Settings) -> socket.socket:
 
 def _explain_taken_port(settings: Settings) -> str:
     who = "another program"
-    with contextlib.suppress(httpx.HTTPError):
-        if '"headwater"' in httpx.get(f"{settings.base_url}/health", timeout=2).text:
+    with contextlib.suppress(httpx.HTTPError), httpx.Client(timeout=2, trust_env=False) as client:
+        if '"headwater"' in client.get(f"{settings.base_url}/health").text:
             who = "Headwater"
-        elif "Ollama is running" in httpx.get(settings.base_url, timeout=2).text:
+        elif "Ollama is running" in client.get(settings.base_url).text:
             who = "Ollama"
     return (
         f"{who} is already listening there. Stop it first, or choose another address: "
@@ -251,9 +251,9 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def run(settings: Settings, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT; running requests may finish within the grace time."""
-    house = House(settings)
+async def run(settings: Settings, listener: socket.socket, backend: Backend | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; running requests may finish within the grace time. `backend` is as in House."""
+    house = House(settings, backend)
     await asyncio.to_thread(seed_demo, settings.models, settings.data / "seeded")
     await house.open()
     try:
@@ -281,15 +281,15 @@ def serve(settings: Settings) -> int:
     set_up_logging(debug=settings.debug)
     try:
         listener = bind(settings)
-    except (PortTaken, OSError) as error:
+    except (PortTaken, OSError, UnicodeError) as error:  # the last is a host name that cannot be one
         sys.stderr.write(f"headwater: cannot listen on {settings.host}:{settings.port}: {error}\n")
         return 1
     try:
-        settings.data.mkdir(parents=True, exist_ok=True)
         uvicorn_loop = uvicorn.Config("", log_config=None).get_loop_factory()
-        with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+        with listener, asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+            settings.data.mkdir(parents=True, exist_ok=True)
             runner.run(run(settings, listener))
-    except HeadwaterError as error:
-        sys.stderr.write(f"headwater: {error.message}\n")
+    except (HeadwaterError, OSError) as error:
+        sys.stderr.write(f"headwater: {error}\n")
         return 1
     return 0

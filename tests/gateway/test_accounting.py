@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from engines.errors import BadRequest, ModelNotFound, WorkerCrashed
+from engines.errors import BadRequest, Cancelled, ModelNotFound, WorkerCrashed
 from engines.events import Timings, Usage
 from engines.request import GenerateRequest, Mode, Origin
 from gateway.accounting import Account, Accounts, RequestMiddleware
@@ -169,6 +169,35 @@ async def test_a_refusal_before_dispatch_is_one_row(desk: Desk) -> None:
     await desk.call(reply(400, b"no"))
     row = desk.row()
     assert (row["status"], row["finish_reason"], row["error_code"], row["model"]) == (400, "refused", "http_400", "")
+
+
+async def test_an_empty_answer_ends_with_its_head_and_so_does_its_account(desk: Desk) -> None:
+    """With a Content-Length of 0 there is no last byte to wait for: the row is there before the first."""
+    committed: list[int] = []
+
+    async def send(message: Message) -> None:
+        committed.append(len(desk.rows()))
+
+    async def app(scope: Scope, receive: Receive, forward: Send) -> None:
+        await forward({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
+        await forward({"type": "http.response.body", "body": b""})
+
+    desk._send = send  # type: ignore[method-assign]  # a client that looks at the ledger
+    await desk.call(app)
+    assert committed == [1, 1]
+    assert desk.row()["finish_reason"] == "refused"
+
+
+async def test_a_dialect_that_answers_a_caller_who_left_makes_it_no_refusal(desk: Desk) -> None:
+    """It is a cancel like any other, and no error."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["error"] = Cancelled()
+        await reply(499)(scope, receive, send)
+
+    await desk.call(app)
+    row = desk.row()
+    assert (row["status"], row["finish_reason"], row["error_code"]) == (499, "cancel", "")
 
 
 async def test_the_error_that_a_dialect_answered_with_gives_the_row_its_code(desk: Desk) -> None:

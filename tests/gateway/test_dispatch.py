@@ -354,7 +354,6 @@ async def test_gaps_are_filled_by_the_model_and_then_by_the_dialect(house: FakeH
     """What the client said stays."""
     card = replace(
         house.dispatch._catalog.find("demo"),
-        system="Be brief.",
         parameters={"temperature": 0.1, "top_k": 7, "num_ctx": 9},
     )
     request = ask(
@@ -363,7 +362,6 @@ async def test_gaps_are_filled_by_the_model_and_then_by_the_dialect(house: FakeH
     completed = _complete(request, card)
     assert (completed.sampling.temperature, completed.sampling.top_k, completed.sampling.top_p) == (0.9, 7, 0.8)
     assert completed.load.num_ctx == 9
-    assert completed.messages == (Message("system", "Be brief."), Message("user", "hi"))
     own = replace(request, messages=(Message("system", "Mine."), Message("user", "hi")))
     assert _complete(own, card).messages == own.messages
     raw = replace(request, messages=None, prompt="hi")
