@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,14 +11,13 @@ from rich.console import Console
 
 from benchmarks.decode import DecodeOptions, measure_decode
 from benchmarks.models import OUT, SHAPES, ensure_model
-from benchmarks.report import print_decode, save_decode
+from benchmarks.report import print_decode, print_soak, save_decode
+from benchmarks.server import run_server
+from benchmarks.soak import soak
+
+DEMO = Path(__file__).parent.parent / "engines" / "store" / "demo" / "demo.gguf"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure Headwater beside llama.cpp alone.")
-
-
-@app.callback()
-def benchmarks() -> None:
-    """Keeps `decode` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -39,6 +40,21 @@ def decode(
     print_decode(result, options, console)
     for path in save_decode(result, options, weights, OUT):
         console.print(f"written: {path}")
+
+
+@app.command("soak")
+def run_soak(
+    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 10_000,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 16,
+    leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that hang up early.")] = 0.2,
+) -> None:
+    """Mixed load on the demo model: exits with 1 when a request, a token or a KV cell is unaccounted for."""
+    console = Console()
+    with run_server({"soak": DEMO}) as server:
+        result = asyncio.run(soak(server, "soak", num_requests=requests, num_clients=clients, leaving=leaving))
+    print_soak(result, console)
+    if result.problems:
+        raise typer.Exit(1)
 
 
 def _parse_clients(text: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.decode import DIALECTS, DecodeOptions, DecodeResult
+from benchmarks.soak import Soak
 from engines.request import JSON
 
 MAX_NOISE = 0.1
@@ -45,6 +46,18 @@ def print_decode(result: DecodeResult, options: DecodeOptions, console: Console)
         first_ms, whole_ms = result.hop.first_s * 1e3, result.hop.whole_s * 1e3
         console.print(f"gateway hop: {first_ms:+.2f} ms to the first byte, {whole_ms:+.2f} ms to the last, which waits")
         console.print(f"for the ledger's commit; median of {options.hops} requests each way, demo model")
+
+
+def print_soak(result: Soak, console: Console) -> None:
+    """What was sent, what the books say, how memory went, and every problem."""
+    mib = [round(size / 2**20) for size in result.memory]
+    console.print(f"{result.num_sent} requests in {result.seconds:.0f} s, {result.num_left} hung up early")
+    prompt, cached, generated, wasted = (
+        result.ledger[f"{name}_tokens"] for name in ("prompt", "cached", "completion", "wasted")
+    )
+    console.print(f"tokens: {prompt} of prompts, {cached} of them cached; {generated} generated, {wasted} for nobody")
+    console.print(f"memory, MiB, in equal steps: {' '.join(map(str, mib))}")
+    console.print("\n".join(result.problems) or "everything is accounted for")
 
 
 def _rows(result: DecodeResult, clients: int) -> list[tuple[str, ...]]:

@@ -38,6 +38,7 @@ class Totals:
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    sampled_tokens: int = 0
     reused_tokens: int = 0
     preemptions: int = 0
     decode_s: float = 0.0
@@ -190,6 +191,7 @@ class EngineLoop:
                 continue
             token = sequence.sampler.sample(index)
             sequence.tokens.append(token)
+            self.totals.sampled_tokens += 1
             sequence.first_token = sequence.first_token or now
             sequence.last_token = now
             if sequence.text.accept(token):

@@ -296,6 +296,19 @@ async def test_one_eviction_at_a_time_makes_room_for_one() -> None:
     await asyncio.gather(*asking)
 
 
+async def test_a_slow_stop_holds_up_nobody_else() -> None:
+    """Runners end outside of every decision: others are granted places, loaded and stopped meanwhile."""
+    bench = Bench(stops_slowly=True)
+    bench.release(await bench.lease("slow", keep_alive_s=0))
+    bench.release(await bench.lease("a"))
+    await bench.lease("a")
+    bench.release(await bench.lease("b", keep_alive_s=0))
+    assert repr(bench.pool) == "<Pool [slow:stopping:0 a:ready:1 b:stopping:0] waiting=0>"
+    bench.runners[2].go()
+    await turn()
+    assert repr(bench.pool) == "<Pool [slow:stopping:0 a:ready:1] waiting=0>"
+
+
 async def test_keep_alive_zero_answers_and_then_stops() -> None:
     """The request that says 0, and causes the load, is served before its runner goes."""
     bench = Bench()
