@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 EXIT_LOAD_FAILED = 3
 LOAD_ERROR_PREFIX = "load failed: "
+MAX_COSTS = 1024
 
 
 class Worker:
@@ -46,7 +48,8 @@ class Worker:
     def __init__(self, engine: InferenceBackend, names: frozenset[str]) -> None:
         self._engine = engine
         self._names = names
-        self._running: dict[str, Generation] = {}
+        self._running: dict[str, asyncio.Future[Generation]] = {}
+        self._costs: OrderedDict[str, bytes] = OrderedDict()  # of the requests that ended last
 
     def app(self) -> Starlette:
         """The ASGI app."""
@@ -78,17 +81,36 @@ class Worker:
         )
         if request.model not in self._names:
             raise WrongModel(request.model, min(self._names))
-        generation = await self._engine.generate(request)
-        self._running[request.id] = generation
-        return _Streaming(generation, on_end=lambda: self._running.pop(request.id, None))
+        admitted: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        self._running[request.id] = admitted
+        try:
+            generation = await self._engine.generate(request)
+        except BaseException:
+            self._running.pop(request.id, None)
+            admitted.cancel()
+            raise
+        admitted.set_result(generation)
+        return _Streaming(generation, on_end=lambda: self._end(request.id, generation))
+
+    def _end(self, request_id: str, generation: Generation) -> None:
+        """Remember what a request has cost: the question may come when it is already over."""
+        self._running.pop(request_id, None)
+        self._costs[request_id] = encode_cost(generation.usage, generation.timings)
+        if len(self._costs) > MAX_COSTS:
+            self._costs.popitem(last=False)
 
     async def cancel(self, http: Request) -> Response:
-        """End a request within one step and say what it has cost."""
-        generation = self._running.pop(http.path_params["id"], None)
-        if generation is None:
-            return Response(status_code=404)
-        await generation.aclose()
-        return Response(encode_cost(generation.usage, generation.timings), media_type="application/json")
+        """End a request within one step, as soon as it is admitted, and say what it has cost."""
+        request_id = http.path_params["id"]
+        admitted = self._running.get(request_id)
+        if admitted is not None:
+            await asyncio.wait({admitted})
+            if not admitted.cancelled():
+                generation = admitted.result()
+                await generation.aclose()
+                return Response(encode_cost(generation.usage, generation.timings), media_type="application/json")
+        cost = self._costs.get(request_id)
+        return Response(cost, media_type="application/json") if cost else Response(status_code=404)
 
 
 class _Streaming(StreamingResponse):
@@ -103,8 +125,8 @@ class _Streaming(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._on_end()
             await asyncio.shield(asyncio.ensure_future(self._generation.aclose()))
+            self._on_end()
 
     async def _frames(self) -> AsyncIterator[bytes]:
         try:

@@ -65,16 +65,37 @@ class Dispatch:
         try:
             card = await self._identify(account, request)
             lease = await self._acquire(account, request, card)
-            try:
-                reply = await lease.runner.generate(_complete(request, card))
-            except BaseException:
-                self._pool.release(lease.resident)
-                raise
+            reply = await self._submit(account, lease, _complete(request, card))
         except HeadwaterError as error:
             account.error = error
             await self._refuse(account, error)
             raise
         return Answering(self._pool, self._accounts, account, lease, reply)
+
+    async def _submit(self, account: Account, lease: Lease[Runner], request: GenerateRequest) -> Reply:
+        """Hand the request to the worker; a caller who leaves meanwhile is booked with what it has cost."""
+        try:
+            return await lease.runner.generate(request)
+        except asyncio.CancelledError:
+            await asyncio.shield(asyncio.ensure_future(self._abandon(account, lease, request)))
+            raise
+        except BaseException:
+            self._pool.release(lease.resident)
+            raise
+
+    async def _abandon(self, account: Account, lease: Lease[Runner], request: GenerateRequest) -> None:
+        try:
+            usage, engine = await lease.runner.cancel(request.id) or (Usage(), Timings())
+        finally:
+            self._pool.release(lease.resident)
+        await self._accounts.settle(
+            account,
+            status=CLIENT_GONE,
+            reason=FinishReason.CANCEL.value,
+            usage=usage,
+            timings=_timings(engine, lease, account, ttft_s=0.0),
+            wasted_tokens=usage.completion_tokens,
+        )
 
     async def load(self, request: GenerateRequest) -> None:
         """Make the request's model resident without generating."""

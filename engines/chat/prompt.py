@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from engines.chat.jinja import ChatTemplate
 from engines.chat.parser import THINK, ReplyFormat
+from engines.chat.sandbox import MAX_OUTPUT_CHARS
 from engines.errors import BadRequest, PromptTooLong, TemplateError
 from engines.request import JSON, GenerateRequest, Message
 
@@ -49,6 +50,8 @@ class PromptBuilder:
             TemplateError: the template refused the messages. BadRequest: there is nothing to prefill.
         """
         if request.messages is None:
+            if len(request.prompt or "") > MAX_OUTPUT_CHARS:  # as for rendered chats
+                raise BadRequest(f"the prompt is longer than {MAX_OUTPUT_CHARS} characters", param="prompt")
             tokens = list(request.prompt_tokens or ()) or self._encode(request, request.prompt or "")
             prompt = Prompt([*request.context_tokens, *tokens])
         else:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import llama_cpp as lib
@@ -24,6 +27,10 @@ from engines.request import Sampling
 
 Logits = npt.NDArray[np.float32]
 """One row of logits, shape (n_vocab,). A view into llama.cpp's buffer: valid until the next decode."""
+
+_LONG_TEXT = 16 * 1024
+_MARKERS_AT_ONCE = 256
+_SPECIAL_ATTRIBUTES = lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
 
 RANDOM_SEED = 0xFFFFFFFF  # llama.h LLAMA_DEFAULT_SEED: asks for a random one, so it cannot be a seed
 
@@ -111,6 +118,16 @@ class Model:
         `add_special` adds BOS and EOS where the vocabulary wants them; `parse_special` reads markers such as
         `<|im_start|>` as control tokens.
         """
+        if not parse_special or len(text) < _LONG_TEXT:
+            return self._tokenize(text, add_special, parse_special)
+        # llama.cpp takes quadratic time in the number of markers (tokenizer_st_partition): minutes for a megabyte.
+        starts = [marker.start() for marker in self._markers.finditer(text)][_MARKERS_AT_ONCE::_MARKERS_AT_ONCE]
+        pieces = [text[start:end] for start, end in pairwise([0, *starts, len(text)])]
+        tokens = [token for piece in pieces for token in self._tokenize(piece, False, True)]
+        around = self._tokenize("", add_special, True)  # BOS, EOS, both or nothing
+        return [*around[: self.adds_bos], *tokens, *around[self.adds_bos :]]
+
+    def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 8
         tokens = (lib.llama_token * size)()
@@ -119,6 +136,14 @@ class Model:
             tokens = (lib.llama_token * -count)()
             count = lib.llama_tokenize(self.vocab, data, len(data), tokens, -count, add_special, parse_special)
         return list(tokens[:count])
+
+    @cached_property
+    def _markers(self) -> re.Pattern[str]:
+        """Matches every token that is read as a whole wherever it stands in a text."""
+        tokens = range(self.num_tokens)
+        special = (token for token in tokens if lib.llama_vocab_get_attr(self.vocab, token) & _SPECIAL_ATTRIBUTES)
+        texts = {self.piece(token, special=True).decode("utf-8", "replace") for token in special} - {""}
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes that `token` stands for, perhaps half a character; control tokens are empty unless `special`."""

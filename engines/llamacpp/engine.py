@@ -47,7 +47,8 @@ from engines.store.gguf import read_header
 log = logging.getLogger(__name__)
 
 DEFAULT_NUM_CTX = 4096
-PROMPT_LIMIT_S = 15.0
+PROMPT_LIMIT_S = 30.0
+MAX_STOPS = 256
 KEPT_SEQUENCES = 32
 """Slots beyond those that run, for prefixes of finished requests."""
 
@@ -175,6 +176,8 @@ class LlamaCppEngine(InferenceBackend):
         if any(message.images for message in request.messages or ()):
             raise UnsupportedFeature("this model is missing data required for image input", param="images")
         sampling = request.sampling.over(DEFAULTS)
+        if len(sampling.stop or ()) > MAX_STOPS:  # every token of everyone waits while they are compared
+            raise BadRequest(f"there may be at most {MAX_STOPS} stop strings", param="stop")
         num_ctx = min(request.load.num_ctx or self._num_ctx, self._num_ctx)
         prompt = await asyncio.get_running_loop().run_in_executor(self._prompts, self._build, request, num_ctx)
         self._require_loaded()

@@ -99,6 +99,17 @@ def test_an_empty_prompt_is_refused(fields: dict[str, Any]) -> None:
         builder(PLAIN, adds_bos=False).build(empty, num_ctx=10)
 
 
+def test_an_enormous_prompt_is_refused_before_it_is_tokenized() -> None:
+    """Reading megabytes that cannot fit would keep everyone else waiting."""
+
+    def never(text: str, add_special: bool) -> list[int]:
+        raise NotImplementedError
+
+    enormous = request(prompt="x" * (4 * 1024 * 1024 + 1))
+    with pytest.raises(BadRequest, match="longer than"):
+        PromptBuilder(ChatTemplate(CHATML), never, bos="").build(enormous, num_ctx=10)
+
+
 def test_a_prompt_leaves_room_for_one_token() -> None:
     """`num_ctx - 1` tokens fit, `num_ctx` do not, and the error has the numbers."""
     assert len(build(PLAIN, prompt="12345678", num_ctx=10).tokens) == 9
