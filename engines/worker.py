@@ -198,8 +198,12 @@ async def serve(engine: InferenceBackend, socket: Path, model: Path, config: Loa
     )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it while it serves, then raises it once more
     serving = asyncio.create_task(server.serve())
+    loading = asyncio.ensure_future(engine.load(model, config))
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        os._exit(0)  # told to stop, and a load cannot be interrupted
     try:
-        await engine.load(model, config)
+        await loading
     except HeadwaterError as error:
         sys.stderr.write(f"{LOAD_ERROR_PREFIX}{error.message}\n")
         server.should_exit = True

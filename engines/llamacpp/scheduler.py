@@ -209,6 +209,9 @@ class Scheduler:
 
         Finished sequences are forgotten as needed, the one to begin from last: then the newcomer goes on in its slot.
         """
+        reachable = self.cache.num_free_cells + self.cache.num_idle_cells
+        if reachable - (shared if self.cache.is_kept(source) else 0) < space:
+            return False  # before anything is forgotten in vain
         while self.cache.num_free_cells < space or not self.cache.num_free_slots:
             slot = self.cache.least_recently_used(but=source)
             if slot is None:

@@ -503,12 +503,13 @@ async def test_cancelling_ends_a_request_and_tells_its_cost(worker: Worker) -> N
     assert (await worker.metrics())["engine_decode_tokens_total"] == decoded, "it goes on computing"
 
 
-async def test_cancelling_what_is_over_or_unknown_is_no_error_of_ours(worker: Worker) -> None:
-    """There is nothing to cancel and no cost to tell."""
-    await answer(worker, ask(FRANCE, "req_over"))
+async def test_cancelling_what_is_over_tells_its_cost_and_what_is_unknown_is_not_found(worker: Worker) -> None:
+    """The question may come after the end; only an id never seen has no answer."""
+    reply = await answer(worker, ask(FRANCE, "req_over"))
     async with worker.client() as client:
-        for request_id in ("req_over", "req_unknown"):
-            assert (await client.post(f"/cancel/{request_id}")).status_code == 404
+        told = await client.post("/cancel/req_over")
+        assert decode_cost(told.content)[0] == reply.finished.usage
+        assert (await client.post("/cancel/req_unknown")).status_code == 404
 
 
 async def test_a_client_that_leaves_frees_its_slot(worker: Worker) -> None:

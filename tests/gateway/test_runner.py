@@ -129,12 +129,19 @@ async def test_cancel_ends_the_request_and_tells_its_cost(make: Make) -> None:
     assert "headwater_engine_sequences_running 0" in await runner.metrics()
 
 
-async def test_cancel_of_what_is_over_tells_nothing(make: Make) -> None:
-    """The worker has forgotten it."""
+async def test_cancel_of_what_the_worker_does_not_know_tells_nothing(make: Make) -> None:
+    """There is no cost to tell."""
     runner = (await make()).runner
-    reply = await runner.generate(ask())
+    assert await runner.cancel("req_unknown") is None
+
+
+async def test_cancel_after_the_end_never_makes_it_cost_more(make: Make) -> None:
+    """The worker may have forgotten it already, or tells the truth once more."""
+    runner = (await make()).runner
+    reply = await runner.generate(ask("one two"))
     await events_of(reply)
-    assert await reply.cancel() is None
+    cost = await reply.cancel()
+    assert cost is None or cost[0] == reply.usage == Usage(prompt_tokens=2, completion_tokens=2)
 
 
 async def test_a_failed_load_says_why(tmp_path: Path) -> None:

@@ -295,6 +295,21 @@ def test_a_prompt_goes_on_in_the_slot_it_begins_from_when_there_is_no_room_for_b
     assert machine.cache.num_free_cells == 10
 
 
+def test_nothing_is_forgotten_for_a_prompt_that_would_not_fit_all_the_same() -> None:
+    """While a running sequence holds the cells that it needs, a waiting one costs nobody a kept prefix."""
+    machine = scheduler(shares_prefixes=True, num_cells=100)
+    machine.add(done := asking([1] * 20))
+    step(machine)
+    machine.remove(done)
+    machine.add(asking([2] * 60))
+    step(machine)
+    machine.add(large := asking([3] * 50))
+    for _ in range(3):
+        assert step(machine).changes == []
+    assert large.slot is None
+    assert machine.cache.num_kept == 1
+
+
 NUM_CELLS, NUM_SLOTS, NUM_BATCH = 48, 5, 16
 
 
