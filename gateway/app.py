@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 import httpx
+import psutil
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -134,12 +135,19 @@ class House:
 
 
 def _socket_directory(data: Path) -> Path:
-    """A directory of our own for sockets: short enough for a socket's path, and readable by nobody else."""
+    """A directory of our own for sockets: short enough for a socket's path, and readable by nobody else.
+
+    Those of servers that were killed are removed; the name says whose it is.
+    """
     run = data / "run"
-    if len(os.fsencode(run)) + len("/server-00000000/worker-000000.sock") > MAX_SOCKET_PATH:
+    if len(os.fsencode(run)) + len("/server-4194304-00000000/worker-000000.sock") > MAX_SOCKET_PATH:
         return Path(tempfile.mkdtemp(prefix="headwater-"))
     run.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="server-", dir=run))
+    for old in run.glob("server-*"):
+        owner = old.name.split("-")[1]
+        if not (owner.isdigit() and psutil.pid_exists(int(owner))):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"server-{os.getpid()}-", dir=run))
 
 
 def make_app(house: House) -> Starlette:

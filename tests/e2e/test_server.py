@@ -272,6 +272,8 @@ def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    with serving(tmp_path):
+        assert len(list((tmp_path / "data/run").iterdir())) == 1, "the next server removes what the killed one left"
 
 
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) -> None:
