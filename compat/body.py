@@ -6,15 +6,33 @@ inflated bytes, and inflating stops there, so a small bomb is refused as cheaply
 
 from __future__ import annotations
 
+import asyncio
 import zlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from engines.errors import BadRequest, BodyTooLarge, Cancelled
 
+T = TypeVar("T")
+
+LARGE_BYTES = 256 * 1024
+
 _GZIP_WBITS = zlib.MAX_WBITS | 16
 _RAW_DEFLATE_WBITS = -zlib.MAX_WBITS
+
+
+async def decode_body(http: Request, limit_bytes: int, decode: Callable[[bytes], T]) -> T:
+    """The body, decoded; a large one in a thread, so that it does not stop everybody else's streams.
+
+    Raises:
+        BodyTooLarge, BadRequest, Cancelled: as `read_body`, and whatever `decode` raises.
+    """
+    body = await read_body(http, limit_bytes)
+    if len(body) < LARGE_BYTES:
+        return decode(body)
+    return await asyncio.to_thread(decode, body)
 
 
 async def read_body(http: Request, limit_bytes: int) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
+from engines.errors import HeadwaterError, ModelNotFound
 from engines.events import ChoiceFinished, Event, Finished, TextDelta, ThinkingDelta, ToolCallDelta
 from engines.model import ModelCard, ModelDescription, RunnerStatus
 from engines.request import GenerateRequest
@@ -40,6 +42,24 @@ class Services(Protocol):
 
     def list_runners(self) -> list[RunnerStatus]:
         """What is loaded now. Never loads or wakes anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a dialect answered with an error: left in `http.state.refusal` for whoever keeps the accounts.
+
+    Plain words and not the exception, which would hold its stack, and the request's whole body with it, in a cycle.
+    `code` is a `HeadwaterError.code`; `model` the name of a model that does not exist.
+    """
+
+    code: str
+    model: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        """What there is to say of any exception."""
+        model = error.name if isinstance(error, ModelNotFound) else ""
+        return cls(error.code if isinstance(error, HeadwaterError) else HeadwaterError.code, model)
 
 
 class Answer:

@@ -10,9 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
-Role = Literal["system", "user", "assistant", "tool"]
 JSON = Any
 """A decoded JSON value: None, bool, int, float, str, list or dict of the same."""
 
@@ -67,9 +66,12 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat. `images` are undecoded file bytes."""
+    """One turn of a chat. `images` are undecoded file bytes.
 
-    role: Role
+    `role` is `system`, `user`, `assistant` or `tool`; which others there are is up to the model's template.
+    """
+
+    role: str
     content: str = ""
     thinking: str = ""
     images: tuple[bytes, ...] = ()

@@ -358,7 +358,7 @@ def encode_error(error: HeadwaterError) -> bytes:
     """An error's body, in OpenAI's envelope with our stable code."""
     detail: dict[str, JSON] = {"message": error.message, "type": "worker_error", "param": None, "code": error.code}
     if isinstance(error, BadRequest):
-        detail["param"] = error.param
+        detail |= {"param": error.param, "reason": error.reason}
     if isinstance(error, PromptTooLong):
         detail |= {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.num_ctx}
     return _encode({"error": detail})
@@ -376,7 +376,7 @@ def decode_error(detail: Mapping[str, Any]) -> HeadwaterError:
         case TemplateError.code:
             return TemplateError(message)
         case BadRequest.code:
-            return BadRequest(message, param=param)
+            return BadRequest(message, param=param, reason=detail.get("reason"))
         case WorkerCrashed.code:
             return WorkerCrashed(message)
         case ServerBusy.code:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.errors import Cancelled, HeadwaterError, ModelNotFound
+from compat.services import Refusal
+from engines.errors import Cancelled
 from engines.events import FinishReason, Timings, Usage
 from engines.request import GenerateRequest, Mode, Origin
 from engines.wire import ORIGIN_HEADER, REQUEST_ID_HEADER
@@ -47,7 +48,7 @@ class Account:
     backend: str = ""
     mode: str = ""
     stream: bool = False
-    error: HeadwaterError | None = None
+    error_code: str = ""
     is_waiting: bool = False
     settling: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -149,9 +150,9 @@ class Accounts:
 
 
 def _error_code(account: Account, status: int) -> str:
-    if account.error is not None:
-        return account.error.code
-    return f"http_{status}" if status >= 400 and status != CLIENT_GONE else ""
+    if account.error_code or status < 400 or status == CLIENT_GONE:
+        return account.error_code
+    return f"http_{status}"
 
 
 class RequestMiddleware:
@@ -237,14 +238,13 @@ class _Responder:
         await self._send(message)
 
     async def _settle(self, reason: str, status: int) -> None:
-        """Settle what nobody has settled; a dialect leaves the error that it rendered in the request's state."""
+        """Settle what nobody has settled; a dialect leaves why it refused in the request's state."""
         if self._account is None:
             return
-        error = self._scope["state"].get("error")
-        if isinstance(error, Cancelled):
+        refusal: Refusal | None = self._scope["state"].get("refusal")
+        if refusal is not None and refusal.code == Cancelled.code:
             reason = FinishReason.CANCEL.value
-        elif isinstance(error, HeadwaterError):
-            self._account.error = self._account.error or error
-            if isinstance(error, ModelNotFound):
-                self._account.model = self._account.model or error.name
+        elif refusal is not None:
+            self._account.error_code = self._account.error_code or refusal.code
+            self._account.model = self._account.model or refusal.model
         await self._accounts.settle(self._account, status=status, reason=reason)

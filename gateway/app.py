@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -63,6 +64,9 @@ log = logging.getLogger(__name__)
 AUTO_PLACES = 32
 AUTO_WINDOWS = 4
 """Without OLLAMA_NUM_PARALLEL a model serves up to 32 requests together, in KV room for four full windows."""
+
+LAST_WORDS_S = 5
+"""How long error answers may take to reach their clients once the grace time is over."""
 
 MAX_SOCKET_PATH = 100  # bytes; macOS allows 104, Linux 108
 
@@ -140,14 +144,14 @@ def _socket_directory(data: Path) -> Path:
     Those of servers that were killed are removed; the name says whose it is.
     """
     run = data / "run"
-    if len(os.fsencode(run)) + len("/server-4194304-00000000/worker-000000.sock") > MAX_SOCKET_PATH:
-        return Path(tempfile.mkdtemp(prefix="headwater-"))
+    if len(os.fsencode(run)) + len("/headwater-4194304-00000000/worker-000000.sock") > MAX_SOCKET_PATH:
+        run = Path(tempfile.gettempdir())
     run.mkdir(parents=True, exist_ok=True)
-    for old in run.glob("server-*"):
+    for old in run.glob("headwater-*-*"):
         owner = old.name.split("-")[1]
-        if not (owner.isdigit() and psutil.pid_exists(int(owner))):
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"server-{os.getpid()}-", dir=run))
+    return Path(tempfile.mkdtemp(prefix=f"headwater-{os.getpid()}-", dir=run))
 
 
 def make_app(house: House) -> Starlette:
@@ -243,7 +247,30 @@ class _Server(uvicorn.Server):
     """uvicorn, except that signals end `serve` and nothing else.
 
     uvicorn raises them again once it is done, which would end the process before the house is closed.
+
+    Args:
+        end: called when the grace time is over; what still runs or waits then ends with an error in its own dialect.
+        grace_s: how long requests may go on after the first signal.
     """
+
+    def __init__(self, config: uvicorn.Config, end: Callable[[], Awaitable[None]], grace_s: float) -> None:
+        super().__init__(config)
+        self._end = end
+        self._grace_s = grace_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let requests finish within the grace time, end the rest, and see them off."""
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # idle ones close now, busy ones after their answer
+        deadline = time.monotonic() + self._grace_s
+        while self.server_state.tasks and time.monotonic() < deadline and not self.force_exit:  # noqa: ASYNC110  # uvicorn keeps a set
+            await asyncio.sleep(0.05)
+        await self._end()
+        await super().shutdown([])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -271,17 +298,14 @@ async def run(settings: Settings, listener: socket.socket, backend: Backend | No
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=_whole_seconds(settings.shutdown_grace_s),
+            proxy_headers=False,  # uvicorn believes X-Forwarded-For from loopback; who is believed is ours to say
+            timeout_graceful_shutdown=LAST_WORDS_S,
         )
-        server = _Server(config)
+        server = _Server(config, house.pool.close, settings.shutdown_grace_s)
         log.info("Headwater %s listens on %s, models in %s", version("headwater"), settings.base_url, settings.models)
         await server.serve(sockets=[listener])
     finally:
         await house.close()
-
-
-def _whole_seconds(seconds: float) -> int | None:
-    return None if seconds == float("inf") else max(1, round(seconds))
 
 
 def serve(settings: Settings) -> int:

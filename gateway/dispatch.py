@@ -67,7 +67,7 @@ class Dispatch:
             lease = await self._acquire(account, request, card)
             reply = await self._submit(account, lease, _complete(request, card))
         except HeadwaterError as error:
-            account.error = error
+            account.error_code = error.code
             await self._refuse(account, error)
             raise
         return Answering(self._pool, self._accounts, account, lease, reply)
@@ -143,7 +143,7 @@ class Dispatch:
         )
 
     async def _refuse(self, account: Account, error: HeadwaterError) -> None:
-        account.error = error
+        account.error_code = error.code
         await self._accounts.settle(account, status=error.status, reason=_reason(error))
 
 
@@ -223,13 +223,13 @@ class Answering:
 
     async def _fail(self, error: HeadwaterError) -> HeadwaterError:
         self._is_over = True
-        self._account.error = error
+        self._account.error_code = error.code
         self._pool.release(self._lease.resident)
         self._reply.close()
         await self._accounts.settle(
             self._account,
             status=error.status,
-            reason=_reason(error),
+            reason=FinishReason.ERROR.value,
             usage=self._reply.usage,
             timings=_timings(Timings(), self._lease, self._account, ttft_s=self._ttft_s),
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from engines.backend import Backend, BackendConfiguration
-from engines.errors import HeadwaterError, ModelLoadFailed, WorkerCrashed
+from engines.errors import HeadwaterError, ModelLoadFailed, ServerBusy, WorkerCrashed
 from engines.events import Event, Timings, Usage
 from engines.request import GenerateRequest, Mode
 from engines.wire import (
@@ -166,6 +166,8 @@ class Runner:
         """Why a connection broke: the worker's own end, if it ended."""
         if self._running is not None:
             await asyncio.wait({self._running}, timeout=EXPLAIN_S)
+        if self._is_stopping and self._exit is None:
+            return ServerBusy("the model was stopped: the server is shutting down")
         return self._exit or WorkerCrashed(f"the connection to the model's worker broke: {error!r}")
 
 

@@ -8,7 +8,6 @@ else, so its request stops there and has no messages.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 from compat.ollama.errors import InvalidFormat
 from compat.ollama.gojson import encode, quote
@@ -17,7 +16,7 @@ from compat.ollama.schema import ChatBody, GenerateBody, GenerationBody, Message
 from compat.ollama.tools import parse_tool
 from engines.errors import BadRequest, UnsupportedFeature
 from engines.model import ModelCard
-from engines.request import JSON, GenerateRequest, Message, Origin, OutputFormat, Role, ToolCall
+from engines.request import JSON, GenerateRequest, Message, Origin, OutputFormat, ToolCall
 
 
 def parse_unload(body: GenerationBody, *, request_id: str, origin: Origin) -> GenerateRequest:
@@ -134,7 +133,7 @@ def _generate_messages(body: GenerateBody, card: ModelCard) -> tuple[Message, ..
 def _parse_message(body: MessageBody) -> Message:
     """One message. As in Ollama, which roles there are is up to the model's template."""
     return Message(
-        role=cast(Role, body.role.lower()),
+        role=body.role.lower(),
         content=body.content,
         thinking=body.thinking,
         images=tuple(body.images),

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from compat.body import read_body
+from compat.body import decode_body
 from compat.ollama.decode import decode_chat, decode_generate, decode_show
 from compat.ollama.errors import ErrorReply, render_error
 from compat.ollama.gojson import encode
@@ -27,7 +27,7 @@ from compat.ollama.parse import parse_chat, parse_generate, parse_unload
 from compat.ollama.render import ChatObjects, GenerateObjects, Reply
 from compat.ollama.schema import GenerationBody, VersionReply
 from compat.ollama.show import render_show
-from compat.services import Answer, Services, collect
+from compat.services import Answer, Refusal, Services, collect
 from compat.streams import NDJSONResponse, aclose, while_connected
 from engines.errors import BadRequest, HeadwaterError, ModelNotFound
 from engines.events import Event, FinishReason
@@ -48,8 +48,8 @@ _COPILOT = "GitHubCopilotChat/"
 class OllamaRoutes:
     """Ollama's routes over the house's services.
 
-    Handlers read `http.state.origin` and `http.state.request_id`, which the gateway's middleware sets, and leave the
-    error that they answered with in `http.state.error`.
+    Handlers read `http.state.origin` and `http.state.request_id`, which the gateway's middleware sets, and leave why
+    they answered with an error in `http.state.refusal`.
 
     Args:
         clock: nanoseconds since the epoch.
@@ -102,7 +102,7 @@ class OllamaRoutes:
 
     async def show_model(self, http: Request) -> Response:
         """`POST /api/show`."""
-        body = decode_show(await read_body(http, self._body_limit_bytes))
+        body = await decode_body(http, self._body_limit_bytes, decode_show)
         name = _required(body.model or body.name)
         refuse_cloud(name, "remote model details are unavailable")
         try:
@@ -115,7 +115,7 @@ class OllamaRoutes:
 
     async def chat(self, http: Request) -> Response:
         """`POST /api/chat`."""
-        body = decode_chat(await read_body(http, self._body_limit_bytes))
+        body = await decode_body(http, self._body_limit_bytes, decode_chat)
         card = await self._find(_required(body.model))
         reply = ChatObjects(body.model)
         if not body.messages and body.keep_alive == 0.0:
@@ -125,7 +125,7 @@ class OllamaRoutes:
 
     async def generate(self, http: Request) -> Response:
         """`POST /api/generate`."""
-        body = decode_generate(await read_body(http, self._body_limit_bytes))
+        body = await decode_body(http, self._body_limit_bytes, decode_generate)
         if not body.model:
             raise ModelNotFound(body.model)
         card = await self._find(body.model)
@@ -181,7 +181,7 @@ def endpoint(handler: Handler) -> Handler:
         try:
             return await handler(http)
         except Exception as error:  # noqa: BLE001  the dialect's outermost edge: every request gets an answer
-            http.state.error = error
+            http.state.refusal = Refusal.of(error)
             reply = _report(error)
             return Response(reply.body, reply.status, reply.headers, media_type="application/json; charset=utf-8")
 

@@ -14,11 +14,11 @@ from compat.openai.refusals import invalid, invalid_type, missing, unsupported_v
 from compat.openai.schema import ContentPart, FunctionCall, MessageBody, ToolCallBody
 from engines.errors import UnsupportedCapability
 from engines.model import ModelCard
-from engines.request import JSON, Message, Role, ToolCall
+from engines.request import JSON, Message, ToolCall
 
 T = TypeVar("T")
 
-_ROLES: dict[str, Role] = {
+_ROLES: dict[str, str] = {
     "system": "system",
     "developer": "system",
     "user": "user",

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from compat.body import read_body
+from compat.body import decode_body
 from compat.openai.batch import generate_all
 from compat.openai.decode import decode_chat, decode_completion
 from compat.openai.errors import ErrorReply, render_error, render_unknown_url, render_wrong_method
@@ -34,7 +34,7 @@ from compat.openai.render import (
     render_model,
 )
 from compat.openai.schema import GenerateBody, ModelList
-from compat.services import Answer, Services, collect
+from compat.services import Answer, Refusal, Services, collect
 from compat.streams import SSEResponse, aclose, sse_frame, while_connected
 from engines.errors import HeadwaterError
 from engines.events import Event
@@ -91,7 +91,7 @@ class OpenAIRoutes:
 
     async def chat(self, http: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        body = decode_chat(await read_body(http, self._body_limit_bytes))
+        body = await decode_body(http, self._body_limit_bytes, decode_chat)
         card = await self._services.find(body.model)
         request = parse_chat(body, card, request_id=http.state.request_id, origin=http.state.origin)
         reply = self._reply("chatcmpl-", body, card, request.num_choices, body.parallel_tool_calls is not False)
@@ -101,7 +101,7 @@ class OpenAIRoutes:
 
     async def completion(self, http: Request) -> Response:
         """`POST /v1/completions`."""
-        body = decode_completion(await read_body(http, self._body_limit_bytes))
+        body = await decode_body(http, self._body_limit_bytes, decode_completion)
         card = await self._services.find(body.model)
         requests = parse_completion(body, request_id=http.state.request_id, origin=http.state.origin)
         reply = self._reply("cmpl-", body, card, sum(request.num_choices for request in requests))
@@ -171,7 +171,7 @@ def endpoint(handler: Handler, prompt_param: str = "messages") -> Handler:
         try:
             return await handler(http)
         except Exception as error:  # noqa: BLE001  the dialect's outermost edge: every request gets an answer
-            http.state.error = error  # for whoever keeps the accounts
+            http.state.refusal = Refusal.of(error)
             return error_response(error, prompt_param)
 
     return answer

@@ -50,8 +50,7 @@ class PromptBuilder:
             TemplateError: the template refused the messages. BadRequest: there is nothing to prefill.
         """
         if request.messages is None:
-            if len(request.prompt or "") > MAX_OUTPUT_CHARS:  # as for rendered chats
-                raise BadRequest(f"the prompt is longer than {MAX_OUTPUT_CHARS} characters", param="prompt")
+            _limit_chars(len(request.prompt or ""), num_ctx)
             tokens = list(request.prompt_tokens or ()) or self._encode(request, request.prompt or "")
             prompt = Prompt([*request.context_tokens, *tokens])
         else:
@@ -68,6 +67,8 @@ class PromptBuilder:
         Ollama's rule (`spec/ollama.md` section 8.4): the fewest messages go that make the rest fit, system messages and
         the last message stay. Fewer messages never make a longer prompt, so the cut is found by bisection.
         """
+        if not request.truncate:
+            _limit_chars(sum(len(message.content) for message in messages), num_ctx)
         whole = self._chat(request, messages)
         if not request.truncate or len(whole.tokens) < num_ctx:
             return whole
@@ -124,6 +125,12 @@ class PromptBuilder:
         """A template that writes BOS itself must not get a second one, nor text that goes on from earlier tokens."""
         has_bos = bool(request.context_tokens) or (self._bos != "" and text.startswith(self._bos))
         return self._tokenize(text, not has_bos)
+
+
+def _limit_chars(num_chars: int, num_ctx: int) -> None:
+    """Refuse a text that no window holds before spending seconds on it; its tokens are then an estimate."""
+    if num_chars > MAX_OUTPUT_CHARS:
+        raise PromptTooLong(max(num_chars // 4, num_ctx + 1), num_ctx)
 
 
 def _without_oldest(messages: Sequence[Message], count: int) -> list[Message]:

@@ -19,16 +19,25 @@ from engines.chat.parser import THINK
 from engines.errors import BadRequest
 from engines.llamacpp.bindings import Context, Model, guidance_tokenizer
 from engines.llamacpp.sequence import TokenChooser
-from engines.request import OutputFormat
+from engines.request import JSON, OutputFormat
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # exists for type checkers only
 
 log = logging.getLogger(__name__)
 
-_SEPARATORS: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""One space and no line breaks, as models write JSON; free white space is a loop that some never leave."""
+_OPTIONS: JsonCompileOptions = {
+    # One space and no line breaks, as models write JSON; free white space is a loop that some never leave.
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    # Keywords that a grammar cannot express (uniqueItems, not, some formats) are left out of it instead of refused.
+    "lenient": True,
+    "coerce_one_of": True,
+}
 
+_LITERAL = frozenset({"const", "enum", "default", "examples"})  # values, not schemas
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # schemas by names of the author's
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -50,12 +59,14 @@ class Grammars:
         """
         schema = _ANY_OBJECT if output.schema is None else output.schema
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SEPARATORS)
-        except ValueError as error:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(closed(schema)), overrides=_OPTIONS)
+        except (ValueError, RecursionError) as error:
             raise _invalid(str(error)) from error
         matcher = LLMatcher(self._guidance_tokenizer(), grammar, log_level=0)
         if matcher.is_error():
             raise _invalid(matcher.get_error())
+        for warning in matcher.get_grammar_warnings():
+            log.info("output format: %s", warning)
         return matcher
 
     def _guidance_tokenizer(self) -> LLTokenizer:
@@ -63,6 +74,32 @@ class Grammars:
             if self._tokenizer is None:
                 self._tokenizer = guidance_tokenizer(self._model)
             return self._tokenizer
+
+
+def closed(schema: JSON) -> JSON:
+    """The schema with objects that name their properties allowing no others, unless they say so.
+
+    That is what clients mean and what llama.cpp's own converter does; JSON Schema alone would let a model invent keys.
+    Branches of `allOf` stay open, since each names a part of the whole.
+    """
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    copy = {key: _closed_part(key, value) for key, value in schema.items()}
+    if "allOf" in schema:
+        copy["allOf"] = schema["allOf"]
+    elif "properties" in schema and not {"additionalProperties", "patternProperties"} & schema.keys():
+        copy["additionalProperties"] = False
+    return copy
+
+
+def _closed_part(key: str, value: JSON) -> JSON:
+    if key in _LITERAL:
+        return value
+    if key in _NAMED and isinstance(value, dict):
+        return {name: closed(part) for name, part in value.items()}
+    return closed(value)
 
 
 def _invalid(reason: str) -> BadRequest:

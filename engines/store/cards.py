@@ -18,7 +18,7 @@ import msgspec
 from engines.chat.capabilities import detect_capabilities
 from engines.errors import GGUFParseError
 from engines.model import ModelCard
-from engines.request import JSON, Message, Role
+from engines.request import JSON, Message
 from engines.store.blobs import blob_path, read_bounded
 from engines.store.gguf import GGUFHeader, read_header
 from engines.store.manifests import Layer, ModelConfig, decode_json, manifest_path, read_config, read_manifest
@@ -65,7 +65,7 @@ class InstalledModel:
 
 
 class _StoredMessage(msgspec.Struct, frozen=True):
-    role: Role
+    role: str
     content: str = ""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import ollama
 import openai
+import psutil
 import pytest
 from serving import Server, serving, start, workers_of
 
@@ -267,13 +268,15 @@ def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path) -> None:
     with asking(server) as client:
         client.generate("demo", prompt="")
     (worker,) = workers_of(server)
+    arguments = psutil.Process(worker).cmdline()
+    socket = Path(arguments[arguments.index("--socket") + 1])
     server.kill()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     with serving(tmp_path):
-        assert len(list((tmp_path / "data/run").iterdir())) == 1, "the next server removes what the killed one left"
+        assert not socket.parent.exists(), "the next server removes what the killed one left"
 
 
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -289,6 +292,34 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) 
     assert [row["finish_reason"] for row in rows(server)] == ["stop"]
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert not list((tmp_path / "data").rglob("*.sock"))
+
+
+def test_what_outlasts_the_grace_time_ends_with_an_error_of_its_dialect(tmp_path: Path) -> None:
+    """A stream gets a last line that says why, a queued request a real 503, and both are on record."""
+    with serving(tmp_path, HEADWATER_SHUTDOWN_GRACE="1s", OLLAMA_NUM_PARALLEL="1") as server, asking(server) as client:
+        long = {"temperature": 1.5, "num_predict": 100000, "num_ctx": 4096, "seed": 1}
+        stream = client.generate("demo", "Once upon a time", raw=True, stream=True, options={**long})
+        next(stream)
+        slow = {"model": "demo", "prompt": "x", "stream": False, "options": long}
+        replies: list[Any] = []
+        waiting = [threading.Thread(target=_post, args=(server.url, slow, replies)) for _ in range(2)]
+        for thread in waiting:
+            thread.start()
+        while metric(server, "headwater_requests_waiting") < 1:
+            time.sleep(0.01)
+        os.kill(workers_of(server)[0], signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ollama.ResponseError, match=r"shutting down|unexpectedly stopped"):
+            list(stream)
+        for thread in waiting:
+            thread.join()
+        assert server.stop() == 0
+    assert all("error" in reply for reply in replies)
+    assert len(rows(server)) == 3
+
+
+def _post(url: str, body: dict[str, Any], replies: list[Any]) -> None:
+    replies.append(httpx.post(f"{url}/api/generate", json=body, timeout=60).json())
 
 
 def test_a_worker_that_is_killed_mid_stream_is_an_error_on_record_and_is_replaced(tmp_path: Path) -> None:

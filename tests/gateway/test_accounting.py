@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from compat.services import Refusal
 from engines.errors import BadRequest, Cancelled, ModelNotFound, WorkerCrashed
 from engines.events import Timings, Usage
 from engines.request import GenerateRequest, Mode, Origin
@@ -192,7 +193,7 @@ async def test_a_dialect_that_answers_a_caller_who_left_makes_it_no_refusal(desk
     """It is a cancel like any other, and no error."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["error"] = Cancelled()
+        scope["state"]["refusal"] = Refusal.of(Cancelled())
         await reply(499)(scope, receive, send)
 
     await desk.call(app)
@@ -204,7 +205,7 @@ async def test_the_error_that_a_dialect_answered_with_gives_the_row_its_code(des
     """Dialects leave it in the request's state; an unknown model's name is kept as it was typed."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["error"] = ModelNotFound("nope")
+        scope["state"]["refusal"] = Refusal.of(ModelNotFound("nope"))
         await reply(404)(scope, receive, send)
 
     await desk.call(app)
@@ -217,9 +218,9 @@ async def test_an_error_settled_by_dispatch_keeps_its_code(desk: Desk) -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         account = desk.accounts.claim(request_of(scope), mode=Mode.COMPLETION)
-        account.error = WorkerCrashed("gone")
+        account.error_code = WorkerCrashed.code
         await desk.accounts.settle(account, status=500, reason="error", usage=Usage(completion_tokens=2))
-        scope["state"]["error"] = BadRequest("later")
+        scope["state"]["refusal"] = Refusal.of(BadRequest("later"))
         await reply(500)(scope, receive, send)
 
     await desk.call(app)
