@@ -410,7 +410,7 @@ async def test_an_answer_can_be_continued(worker: Worker) -> None:
         ({"context_tokens": (2**70,)}, "invalid_request"),
         ({"messages": ()}, "template_error"),
         ({"stop": tuple(f"stop {i}" for i in range(257))}, "invalid_request"),
-        ({"messages": None, "prompt": "x" * (5 * 1024 * 1024)}, "invalid_request"),
+        ({"messages": None, "prompt": "x" * (5 * 1024 * 1024)}, "context_length_exceeded"),
         ({"template_kwargs": {"tools": 5}}, "template_error"),
         ({"messages": (Message("assistant", tool_calls=(ToolCall("1", "f", {}),)),)}, None),
         ({"messages": (Message("user", "Look", images=(b"png",)),)}, "unsupported_feature"),

@@ -214,7 +214,7 @@ MALFORMED: list[object] = [
     {**SOUND, "messages": "Hi"},
     {**SOUND, "messages": ["Hi"]},
     {**SOUND, "messages": [{}]},
-    {**SOUND, "messages": [{"role": "king", "content": "Hi"}]},
+    {**SOUND, "messages": [{"role": 5, "content": "Hi"}]},
     {**SOUND, "messages": [{"role": "user", "content": 5}]},
     {**SOUND, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     {**SOUND, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]},

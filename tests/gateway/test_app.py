@@ -236,7 +236,7 @@ async def test_shutdown_during_a_load_does_not_wait_for_it(tmp_path: Path) -> No
         with pytest.raises(httpx.HTTPError):
             (await asking).raise_for_status()
         (row,) = server.rows()
-        assert (row["finish_reason"], row["model"]) == ("cancel", "demo:latest")
+        assert (row["finish_reason"], row["status"], row["model"]) == ("refused", 503, "demo:latest")
 
 
 class Talker(BaseHTTPRequestHandler):

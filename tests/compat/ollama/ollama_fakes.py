@@ -168,17 +168,17 @@ class FakeServices:
 
 
 class Gateway:
-    """The gateway's middleware, as far as a dialect needs it: origin and request id. Keeps the last error."""
+    """The gateway's middleware, as far as a dialect needs it: origin and request id. Keeps why it refused last."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.error: object = None
+        self.refusal: object = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Set the state and pass the request on."""
         scope.setdefault("state", {}).update(origin=ORIGIN, request_id="req_" + "0" * 32)
         await self.app(scope, receive, send)
-        self.error = scope["state"].get("error")
+        self.refusal = scope["state"].get("refusal")
 
 
 def app(services: FakeServices, clock: Callable[[], int] = lambda: NOW_NS) -> Gateway:

@@ -14,6 +14,7 @@ from ollama_fakes import BODY_LIMIT_BYTES, NOW, NOW_NS, FakeServices, app, card,
 
 from compat.ollama.errors import PROMPT_TOO_LONG, QUEUE_FULL
 from compat.ollama.routes import OllamaRoutes
+from compat.services import Refusal
 from engines.errors import ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
 from engines.events import Event, TextDelta
 from engines.request import GenerateRequest
@@ -298,12 +299,12 @@ async def test_an_unexpected_failure_before_a_stream_is_a_500(caplog: pytest.Log
     assert any(record.exc_info for record in caplog.records)
 
 
-async def test_the_error_is_left_in_the_request_s_state() -> None:
+async def test_the_reason_of_a_refusal_is_left_in_the_request_s_state() -> None:
     """For whoever keeps the books."""
     gateway = app(FakeServices())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://x") as client:
         await client.post("/api/generate", json={"model": "nothing"})
-    assert isinstance(gateway.error, ModelNotFound)
+    assert gateway.refusal == Refusal("model_not_found", "nothing")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -394,7 +395,7 @@ def test_any_json_is_answered(path: str, body: Any) -> None:
         services = FakeServices(cards=[card("llama3.2:latest", "tools", "thinking")])
         gateway = app(services)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://x") as client:
-            return await client.post(path, content=json.dumps(body)), gateway.error
+            return await client.post(path, content=json.dumps(body)), gateway.refusal
 
     response, error = asyncio.run(talk())
     if response.status_code == 200:

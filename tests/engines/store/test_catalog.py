@@ -238,7 +238,7 @@ def _write_layer(kind: str, data: bytes) -> Callable[[OllamaDirectory], None]:
         _write_config,
         _write_layer("params", b"[]"),
         _write_layer("params", b"{"),
-        _write_layer("messages", b'[{"role":"wizard"}]'),
+        _write_layer("messages", b'[{"role":5}]'),
         _write_layer("messages", b'{"role":"user"}'),
         _write_layer("license", b"x" * ((8 << 20) + 1)),
     ],
