@@ -58,7 +58,9 @@ TABLE = [
     Row(("compat.*",), ("compat.*", *VOCABULARY), ("msgspec",)),
     Row(("gateway.__main__",), ("gateway.cli.main",)),
     Row(("gateway.cli.*",), ("gateway.*", *HOUSE), ("httpx", "msgspec", "psutil", "rich", "typer")),
-    Row(("gateway.app",), ("gateway.*", "engines.llamacpp.backend", *HOUSE), ("httpx", "starlette", "uvicorn")),
+    Row(
+        ("gateway.app",), ("gateway.*", "engines.llamacpp.backend", *HOUSE), ("httpx", "psutil", "starlette", "uvicorn")
+    ),
     Row(("gateway.usage.*",), ("gateway.usage.*", *HOUSE), ("alembic", "sqlalchemy")),
     Row(("gateway.metrics",), ("gateway.*", *HOUSE), ("prometheus_client",)),
     Row(("gateway.settings",), ("gateway.*", *HOUSE), ("platformdirs",)),
