@@ -119,6 +119,7 @@ class LlamaCppEngine(InferenceBackend):
             num_slots=num_slots,
             num_batch=self._context.num_batch,
             shares_prefixes=not model.is_recurrent,
+            kept_cells=self._num_ctx // 2,
         )
         self._grammars = Grammars(model)
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompt")

@@ -203,8 +203,7 @@ class EngineLoop:
         return outputs
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Output:
-        slot = self._scheduler.remove(sequence)
-        if slot is not None:
+        for slot in self._scheduler.remove(sequence):
             self._context.remove(slot)
         self._alive.discard(sequence)
         sequence.sampler.close()

@@ -150,7 +150,7 @@ def test_no_more_sequences_run_than_there_are_slots() -> None:
         machine.add(each)
     step(machine)
     assert (first.slot, second.slot, third.slot) == (0, 1, None)
-    assert machine.remove(first) == 0
+    assert machine.remove(first) == [0]
     step(machine)
     assert third.slot == 0
 
@@ -215,13 +215,13 @@ def test_removal_works_in_every_state() -> None:
     step(machine)
     machine.add(waiting)
     assert prefilling.num_pending > 1
-    assert machine.remove(waiting) is None
-    assert machine.remove(prefilling) == 1
+    assert machine.remove(waiting) == []
+    assert machine.remove(prefilling) == [1]
     machine.add(prefilling := sequence(10))
     step(machine)
     assert machine.give_way() == 1
-    assert machine.remove(prefilling) is None
-    assert machine.remove(decoding) == 0
+    assert machine.remove(prefilling) == []
+    assert machine.remove(decoding) == [0]
     assert machine.is_idle
     assert machine.num_free_cells == 40
 
@@ -242,19 +242,18 @@ def test_a_prompt_that_begins_like_a_running_one_copies_its_cells() -> None:
 
 def test_a_prefix_that_is_being_prefilled_is_waited_for() -> None:
     """Of several prompts with one unseen beginning, one computes it and the others begin where it ends."""
-    machine = scheduler(shares_prefixes=True, num_batch=20)
-    alike = [asking([1] * 50 + [2 + i] * 3) for i in range(3)]
+    machine = scheduler(shares_prefixes=True, num_batch=200)
+    alike = [asking([1] * 300 + [2 + i] * 3) for i in range(3)]
     for each in alike:
         machine.add(each)
     other = asking([9] * 4)
     machine.add(other)
-    assert shape(step(machine)) == [(alike[0], 20)]
-    assert shape(step(machine)) == [(alike[0], 20)]
+    assert shape(step(machine)) == [(alike[0], 200)]
     batch = step(machine)
-    assert shape(batch) == [(alike[0], 13), (other, 4)], "an unrelated prompt may pass"
+    assert shape(batch) == [(alike[0], 103), (other, 4)], "an unrelated prompt may pass"
     batch = step(machine)
-    assert [change.count for change in batch.changes if isinstance(change, Copy)] == [50, 50]
-    assert all(each.num_reused == 50 for each in alike[1:])
+    assert [change.count for change in batch.changes if isinstance(change, Copy)] == [300, 300]
+    assert all(each.num_reused == 300 for each in alike[1:])
 
 
 def test_what_a_finished_sequence_computed_is_reused() -> None:
@@ -264,7 +263,7 @@ def test_what_a_finished_sequence_computed_is_reused() -> None:
     machine.add(turn)
     for _ in range(5):
         step(machine)
-    assert machine.remove(turn) is None, "kept, so there is nothing to clear"
+    assert machine.remove(turn) == [], "kept, so there is nothing to clear"
     following = asking([*turn.tokens[:-1], 7, 8])
     machine.add(following)
     assert shape(step(machine)) == [(following, 2)]
@@ -293,6 +292,19 @@ def test_a_prompt_goes_on_in_the_slot_it_begins_from_when_there_is_no_room_for_b
     assert batch.changes == [Trim(0, 10)]
     assert shape(batch) == [(new, 20)]
     assert machine.cache.num_free_cells == 10
+
+
+def test_finished_sequences_beyond_the_budget_are_forgotten() -> None:
+    """The least recently used go, and the one that finished last stays however large it is."""
+    machine = scheduler(shares_prefixes=True, kept_cells=25)
+    for start, cleared_slots in ((100, []), (200, []), (300, [0])):
+        machine.add(done := asking(list(range(start, start + 10))))
+        step(machine)
+        assert machine.remove(done) == cleared_slots
+    machine.add(large := asking([7] * 90))
+    step(machine)
+    assert sorted(machine.remove(large)) == [1, 2]
+    assert machine.cache.num_idle_cells == 90
 
 
 def test_nothing_is_forgotten_for_a_prompt_that_would_not_fit_all_the_same() -> None:
