@@ -67,8 +67,11 @@ class Dispatch:
             lease = await self._acquire(account, request, card)
             reply = await self._submit(account, lease, _complete(request, card))
         except HeadwaterError as error:
-            account.error_code = error.code
             await self._refuse(account, error)
+            raise
+        except asyncio.CancelledError:  # one prompt of several has an account that nobody else knows
+            gone = self._accounts.settle(account, status=CLIENT_GONE, reason=FinishReason.CANCEL.value)
+            await asyncio.shield(asyncio.ensure_future(gone))
             raise
         return Answering(self._pool, self._accounts, account, lease, reply)
 

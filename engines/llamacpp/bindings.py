@@ -93,6 +93,7 @@ class Model:
         self.size_bytes = int(lib.llama_model_size(self.handle))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         self.is_recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+        self.has_window = int(lib.llama_model_n_swa(self.handle)) > 0
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._ends: dict[int, bool] = {}
 

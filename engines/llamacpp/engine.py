@@ -76,12 +76,12 @@ class LlamaCppEngine(InferenceBackend):
         on_failure: called when llama.cpp fails for good; the process should end, since its memory cannot be trusted.
     """
 
-    def __init__(self, on_failure: Callable[[Exception], None] | None = None) -> None:
+    def __init__(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
         self._on_failure = on_failure
         self._loading = asyncio.Lock()
         self._model: Model | None = None
         self._generations: dict[Sequence, LlamaCppGeneration] = {}
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Load a GGUF. The file is checked before a model that is already loaded is given up."""
@@ -101,12 +101,13 @@ class LlamaCppEngine(InferenceBackend):
             self._num_ctx = _window(config.context_size, model.num_ctx_train)
             # Finished sequences keep their slots, so there are more than can run; recurrent memory pays for each.
             num_slots = config.num_sequences + (0 if model.is_recurrent else KEPT_SEQUENCES)
+            cores = len(os.sched_getaffinity(0))
             self._context = Context(
                 model,
                 num_cells=self._num_ctx * config.num_parallel,
                 num_sequences=num_slots,
                 num_batch=max(config.num_batch, num_slots),
-                num_threads=config.num_threads or len(os.sched_getaffinity(0)),
+                num_threads=min(config.num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
             )
             bos, eos = model.special_text("bos"), model.special_text("eos")
             template = ChatTemplate(model.chat_template() or CHATML, bos=bos, eos=eos)
@@ -118,7 +119,8 @@ class LlamaCppEngine(InferenceBackend):
             num_cells=self._context.num_cells,
             num_slots=num_slots,
             num_batch=self._context.num_batch,
-            shares_prefixes=not model.is_recurrent,
+            # A sliding window's cells are overwritten once they are masked, so an old prefix may be there no longer.
+            shares_prefixes=not (model.is_recurrent or model.has_window),
             kept_cells=self._num_ctx // 2,
         )
         self._grammars = Grammars(model)
@@ -263,7 +265,7 @@ class LlamaCppEngine(InferenceBackend):
                     del self._generations[output.sequence]
                 generation.deliver(output)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """From the loop thread, which has ended."""
         self._failure = error
         self._events.call_soon_threadsafe(self._end_all, WorkerCrashed(f"llama.cpp failed: {error}"))

@@ -58,7 +58,7 @@ class EngineLoop:
         context: Context,
         scheduler: Scheduler,
         publish: Callable[[list[Output]], None],
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self.totals = Totals()
         self._context = context
@@ -109,7 +109,7 @@ class EngineLoop:
             while self._apply_commands():
                 if not self._scheduler.is_idle:
                     self.step()
-        except Exception as error:  # the outermost frame of the thread: whatever it is, the engine is over
+        except BaseException as error:  # noqa: BLE001  # the thread's outermost frame, and a Rust panic is no Exception
             log.exception("engine loop failed")
             self._on_failure(error)
 
