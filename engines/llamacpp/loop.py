@@ -109,7 +109,7 @@ class EngineLoop:
             while self._apply_commands():
                 if not self._scheduler.is_idle:
                     self.step()
-        except BaseException as error:  # noqa: BLE001  # the thread's outermost frame, and a Rust panic is no Exception
+        except BaseException as error:  # the thread's outermost frame, and a Rust panic is no Exception
             log.exception("engine loop failed")
             self._on_failure(error)
 
