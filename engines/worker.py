@@ -193,7 +193,7 @@ async def serve(engine: InferenceBackend, socket: Path, model: Path, config: Loa
             access_log=False,
             lifespan="off",
             timeout_keep_alive=3600,  # the gateway keeps connections for reuse
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=2,  # less than the backend's grace, which ends in SIGKILL
         )
     )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it while it serves, then raises it once more

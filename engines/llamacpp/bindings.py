@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -28,6 +29,7 @@ from engines.request import Sampling
 Logits = npt.NDArray[np.float32]
 """One row of logits, shape (n_vocab,). A view into llama.cpp's buffer: valid until the next decode."""
 
+_RUN = re.compile(r"\S{4096}|\s{4096}")
 _LONG_TEXT = 16 * 1024
 _MARKERS_AT_ONCE = 256
 _SPECIAL_ATTRIBUTES = lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -119,14 +121,30 @@ class Model:
         `add_special` adds BOS and EOS where the vocabulary wants them; `parse_special` reads markers such as
         `<|im_start|>` as control tokens.
         """
-        if not parse_special or len(text) < _LONG_TEXT:
+        cuts = self._cuts(text, parse_special)
+        if not cuts:
             return self._tokenize(text, add_special, parse_special)
-        # llama.cpp takes quadratic time in the number of markers (tokenizer_st_partition): minutes for a megabyte.
-        starts = [marker.start() for marker in self._markers.finditer(text)][_MARKERS_AT_ONCE::_MARKERS_AT_ONCE]
-        pieces = [text[start:end] for start, end in pairwise([0, *starts, len(text)])]
-        tokens = [token for piece in pieces for token in self._tokenize(piece, False, True)]
+        pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        tokens = [token for piece in pieces for token in self._tokenize(piece, False, parse_special)]
         around = self._tokenize("", add_special, True)  # BOS, EOS, both or nothing
         return [*around[: self.adds_bos], *tokens, *around[self.adds_bos :]]
+
+    def _cuts(self, text: str, parse_special: bool) -> list[int]:
+        """Where to cut a text that llama.cpp could not bear whole.
+
+        Its pre-tokenizers match runs of one kind of character by recursion, and some 20,000 of them overflow the stack
+        (unicode.cpp, std::regex); and it takes quadratic time in the number of markers (tokenizer_st_partition).
+        """
+        cuts = [run.end() for run in _RUN.finditer(text)]
+        if parse_special and (cuts or len(text) >= _LONG_TEXT):
+            markers = [marker.span() for marker in self._markers.finditer(text)]
+            starts = [start for start, _ in markers]
+            for i, cut in enumerate(cuts):  # never inside a marker
+                at = bisect_right(starts, cut) - 1
+                if at >= 0 and cut < markers[at][1]:
+                    cuts[i] = starts[at]
+            cuts += starts[_MARKERS_AT_ONCE::_MARKERS_AT_ONCE]
+        return sorted(set(cuts) - {0, len(text)})
 
     def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,11 @@ def test_seeds_are_folded_to_32_bits(seed: int) -> None:
     if seed >= 0:
         assert folded == fold_seed(seed)
         assert seed >= 2**32 - 1 or folded == seed
+
+
+def test_a_run_without_a_break_is_cut_but_loses_nothing(model: Model) -> None:
+    """Some tokenizers recurse once a character of a run, so a long one never reaches llama.cpp whole."""
+    text = "a" * 20_000 + "<|im_end|>" + " " * 9_000
+    assert max(map(len, [text[s:e] for s, e in pairwise([0, *model._cuts(text, True), len(text)])])) <= 8192
+    tokens = model.tokenize(text, add_special=False, parse_special=True)
+    assert b"".join(model.piece(token, special=True) for token in tokens).decode() == text
