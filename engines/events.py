@@ -34,6 +34,7 @@ class Usage:
         completion_tokens: every generated token of every choice, the end-of-turn token included, as Ollama counts.
         thinking_tokens: how many of those were reasoning.
         truncated_tokens: prompt tokens that were left out to fit the window.
+        shifted_tokens: tokens that a full window lost while the answer went on.
     """
 
     prompt_tokens: int = 0
@@ -41,6 +42,7 @@ class Usage:
     completion_tokens: int = 0
     thinking_tokens: int = 0
     truncated_tokens: int = 0
+    shifted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -66,19 +68,36 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was, by the model's own logits before any sampler: natural logarithm.
+
+    Attributes:
+        data: the bytes that the token stands for, perhaps half a character; empty for control tokens.
+        top: the likeliest tokens in its place, most likely first, each with an empty `top`.
+    """
+
+    token: int
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
-    """The next piece of the answer."""
+    """The next piece of the answer, and the tokens that it completed; the text may be empty when there are some."""
 
     text: str
     index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkingDelta:
-    """The next piece of the reasoning before the answer."""
+    """The next piece of the reasoning before the answer, as a `TextDelta`."""
 
     text: str
     index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +106,14 @@ class ToolCallDelta:
 
     call: ToolCall
     index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEcho:
+    """The prompt as the model read it, before anything else. Its first token has a log-probability of 0: none."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +138,4 @@ class Finished:
 
 
 Delta = TextDelta | ThinkingDelta | ToolCallDelta
-Event = Delta | ChoiceFinished | Finished
+Event = Delta | PromptEcho | ChoiceFinished | Finished

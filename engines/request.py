@@ -27,6 +27,19 @@ class Mode(StrEnum):
     RERANKING = "reranking"
 
 
+class Priority(StrEnum):
+    """Whose turn comes first when there is not enough for all, from first to last."""
+
+    INTERACTIVE = "interactive"  # somebody reads along
+    NORMAL = "normal"
+    BATCH = "batch"  # nobody waits for it
+
+    @property
+    def rank(self) -> int:
+        """0 for who goes first."""
+        return tuple(Priority).index(self)
+
+
 class Trust(StrEnum):
     """How sure we are of an origin's caller, from best to least."""
 
@@ -89,11 +102,29 @@ class Tool:
     parameters: Mapping[str, JSON] = field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
+class Syntax(StrEnum):
+    """The language that an output format is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"  # the answer as a whole must match
+    GBNF = "gbnf"  # llama.cpp's grammars
+    LARK = "lark"  # llguidance's dialect of Lark
+
+
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """A constraint on the answer: any JSON object, or what `schema` allows."""
+    """A constraint on the answer. It begins where the reasoning ends.
+
+    Attributes:
+        schema: a JSON Schema; None allows any JSON object. Only for `JSON_SCHEMA`.
+        grammar: the text in any other syntax.
+        triggers: strings in the answer after any of which the constraint begins; without any it holds from the start.
+    """
 
     schema: JSON | None = None
+    syntax: Syntax = Syntax.JSON_SCHEMA
+    grammar: str = ""
+    triggers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +138,14 @@ class Sampling:
         seed: any integer; negative means random. Engines fold it to 32 bits (llama.h, llama_sampler_init_dist).
         stop: strings that end the answer and are not part of it.
         max_tokens: limit of generated tokens; negative means until the end of turn or of the context.
+        top_n_sigma: keeps what is within so many standard deviations of the best logit; 0 or less is off.
+        xtc_probability, xtc_threshold: how often all but the last of the tokens above the threshold are left out.
+        dry_*: the penalty on repeating a sequence; a multiplier of 0 is off, `dry_penalty_last_n` -1 the context.
+        mirostat: 0 off, 1 or 2 the version, which takes the place of every filter. mirostat_tau, _eta: its target
+            entropy and learning rate.
+        dynatemp_range, dynatemp_exponent: the temperature varies by up to the range with the entropy; 0 is off.
+        logit_bias: token ids, or texts whose every token is meant, and what is added to their logits; -inf bans.
+        ignore_eos: the answer goes on until its limit.
     """
 
     temperature: float | None = None
@@ -121,6 +160,21 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     max_tokens: int | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: tuple[str, ...] | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    logit_bias: tuple[tuple[int | str, float], ...] | None = None
+    ignore_eos: bool | None = None
 
     def over(self, defaults: Sampling) -> Sampling:
         """This sampling with its unsaid fields taken from `defaults`."""
@@ -168,7 +222,12 @@ class GenerateRequest:
         keep_alive_s: how long the model stays after this request; None leaves the runner's value alone.
         think: whether the model should think first: None is unsaid, a string is an effort.
         template_kwargs: further variables for the chat template.
-        truncate: an over-long chat loses its oldest messages instead of being refused.
+        truncate: an over-long chat loses its oldest messages, an over-long prompt its middle, instead of being refused.
+        shift: a full window loses the oldest half behind the first `num_keep` tokens and the answer goes on, instead of
+            ending there. num_keep: also what a truncated prompt keeps of its beginning; negative is all of the prompt.
+        logprobs: None for none, else how many likely alternatives to tell of each generated token.
+        echo: the first event is the prompt itself, with its tokens' log-probabilities if `logprobs` is said.
+        priority: who goes first, and whose cached prefixes stay, when there is not enough for all.
         num_choices: independent answers to the one prompt.
         return_tokens: the last event carries prompt and answer as token ids.
         stream: whether the client reads as it goes; recorded, nothing else.
@@ -190,14 +249,25 @@ class GenerateRequest:
     think: bool | str | None = None
     template_kwargs: Mapping[str, JSON] = field(default_factory=dict)
     truncate: bool = False
+    shift: bool = False
+    num_keep: int = 4
     num_choices: int = 1
+    logprobs: int | None = None
+    echo: bool = False
     return_tokens: bool = False
     stream: bool = False
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """Texts, or token ids, to turn into one vector each."""
+    """Texts, or token ids, to turn into one vector each.
+
+    Attributes:
+        truncate: an over-long input loses its end instead of being refused.
+        dimensions: keeps the first so many numbers of each vector; None, 0 and more than there are keep all.
+        normalize: vectors have length 1; without it they come as the model makes them.
+    """
 
     id: str
     model: str
@@ -205,18 +275,22 @@ class EmbedRequest:
     inputs: tuple[str | tuple[int, ...], ...]
     truncate: bool = True
     dimensions: int | None = None
+    normalize: bool = True
+    priority: Priority = Priority.NORMAL
     load: LoadOptions = LoadOptions()
     keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:
-    """Documents to score against one query."""
+    """Documents to score against one query. `truncate`: an over-long document loses its end."""
 
     id: str
     model: str
     origin: Origin
     query: str
     documents: tuple[str, ...]
+    truncate: bool = True
+    priority: Priority = Priority.NORMAL
     load: LoadOptions = LoadOptions()
     keep_alive_s: float | None = None

@@ -2,7 +2,7 @@
 
 Because it is OpenAI's, llama-server or another server can stand where our worker stands. Ours adds fields that others
 ignore or leave out: running usage on every chunk, so that an aborted stream is counted truly; `timings` and token ids
-on the last one; `num_ctx`, `truncate`, `context_tokens` and `prompt_tokens` in the request. Durations are in
+on the last one; `num_ctx`, `truncate`, `shift`, `priority`, `context_tokens` and token prompts in the request. Durations are in
 milliseconds here, as in llama-server's `timings`, and nowhere else.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -30,9 +31,11 @@ from engines.events import (
     Event,
     Finished,
     FinishReason,
+    PromptEcho,
     TextDelta,
     ThinkingDelta,
     Timings,
+    TokenLogprob,
     ToolCallDelta,
     Usage,
 )
@@ -42,7 +45,9 @@ from engines.request import (
     Message,
     Origin,
     OutputFormat,
+    Priority,
     Sampling,
+    Syntax,
     Tool,
     ToolCall,
 )
@@ -63,6 +68,19 @@ _PLAIN_SAMPLING = (
     "frequency_penalty",
     "seed",
     "max_tokens",
+    "top_n_sigma",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+    "dynatemp_range",
+    "dynatemp_exponent",
+    "ignore_eos",
 )
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -82,6 +100,11 @@ def encode_request(request: GenerateRequest, model: str) -> bytes:
         "n": request.num_choices,
         "num_ctx": request.load.num_ctx,
         "truncate": request.truncate,
+        "shift": request.shift,
+        "num_keep": request.num_keep,
+        "logprobs": request.logprobs,
+        "echo": request.echo,
+        "priority": request.priority.value,
         "return_tokens": request.return_tokens,
         "context_tokens": list(request.context_tokens) or None,
         "think": request.think,
@@ -133,11 +156,17 @@ def _decode_fields(body: dict[str, Any]) -> dict[str, Any]:
         "context_tokens": body.get("context_tokens", ()),
         "tools": [_decode_tool(tool) for tool in body.get("tools", ())],
         "format": _decode_format(body.get("response_format")),
-        "sampling": {name: body.get(name) for name in (*_PLAIN_SAMPLING, "stop")},
+        "sampling": {name: body.get(name) for name in (*_PLAIN_SAMPLING, "stop", "dry_sequence_breakers")}
+        | {"logit_bias": _decode_bias(body.get("logit_bias"))},
         "load": {"num_ctx": body.get("num_ctx")},
         "think": body.get("think"),
         "template_kwargs": body.get("chat_template_kwargs", {}),
         "truncate": body.get("truncate", False),
+        "shift": body.get("shift", False),
+        "num_keep": body.get("num_keep", 0),
+        "logprobs": body.get("logprobs"),
+        "echo": body.get("echo", False),
+        "priority": body.get("priority", Priority.NORMAL.value),
         "num_choices": body.get("n", 1),
         "return_tokens": body.get("return_tokens", False),
     }
@@ -147,8 +176,17 @@ def _decode_fields(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_sampling(sampling: Sampling) -> dict[str, JSON]:
-    stop = list(sampling.stop) if sampling.stop is not None else None
-    return {name: getattr(sampling, name) for name in _PLAIN_SAMPLING} | {"stop": stop}
+    return {name: getattr(sampling, name) for name in _PLAIN_SAMPLING} | {
+        "stop": sampling.stop,
+        "dry_sequence_breakers": sampling.dry_sequence_breakers,
+        # JSON has no infinity: a banned token's bias is false, as in llama-server
+        "logit_bias": sampling.logit_bias
+        and [[token, False if bias == -math.inf else bias] for token, bias in sampling.logit_bias],
+    }
+
+
+def _decode_bias(plain: list[list[Any]] | None) -> list[tuple[int | str, float]] | None:
+    return plain and [(token, -math.inf if bias is False else bias) for token, bias in plain]
 
 
 def _encode_message(message: Message) -> dict[str, JSON]:
@@ -226,25 +264,35 @@ def _decode_tool(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode_format(output: OutputFormat) -> dict[str, JSON]:
+    triggers = {"triggers": output.triggers} if output.triggers else {}
+    if output.syntax is not Syntax.JSON_SCHEMA:
+        return {"type": output.syntax.value, "grammar": output.grammar} | triggers
     if output.schema is None:
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": output.schema}}
+        return {"type": "json_object"} | triggers
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": output.schema}} | triggers
 
 
 def _decode_format(plain: Mapping[str, Any] | None) -> OutputFormat | None:
     if plain is None or plain["type"] == "text":
         return None
-    return OutputFormat(plain["json_schema"]["schema"] if plain["type"] == "json_schema" else None)
+    triggers = tuple(plain.get("triggers", ()))
+    if plain["type"] == "json_object":
+        return OutputFormat(triggers=triggers)
+    if plain["type"] == "json_schema":
+        return OutputFormat(plain["json_schema"]["schema"], triggers=triggers)
+    return OutputFormat(syntax=Syntax(plain["type"]), grammar=plain["grammar"], triggers=triggers)
 
 
 def encode_event(event: Event, usage: Usage) -> bytes:
     """One SSE frame; `usage` is what the request has cost up to it."""
     chunk: dict[str, JSON] = {"choices": [], "usage": _encode_usage(usage)}
     match event:
-        case TextDelta(text, index):
-            chunk["choices"] = [_choice(index, {"content": text})]
-        case ThinkingDelta(text, index):
-            chunk["choices"] = [_choice(index, {"reasoning_content": text})]
+        case TextDelta(text, index, logprobs):
+            chunk["choices"] = [_choice(index, {"content": text}, logprobs=logprobs)]
+        case ThinkingDelta(text, index, logprobs):
+            chunk["choices"] = [_choice(index, {"reasoning_content": text}, logprobs=logprobs)]
+        case PromptEcho(text, logprobs):
+            chunk["prompt"] = {"text": text, "logprobs": _encode_logprobs(logprobs)}
         case ToolCallDelta(call, index):
             chunk["choices"] = [_choice(index, {"tool_calls": [{"index": 0, **_encode_call(call)}]})]
         case ChoiceFinished(reason, index):
@@ -255,8 +303,34 @@ def encode_event(event: Event, usage: Usage) -> bytes:
     return b"data: " + _encode(chunk) + b"\n\n"
 
 
-def _choice(index: int, delta: dict[str, JSON], reason: str | None = None) -> dict[str, JSON]:
-    return {"index": index, "delta": delta, "finish_reason": reason}
+def _choice(
+    index: int, delta: dict[str, JSON], reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+) -> dict[str, JSON]:
+    choice: dict[str, JSON] = {"index": index, "delta": delta, "finish_reason": reason}
+    if logprobs:
+        choice["logprobs"] = {"content": _encode_logprobs(logprobs)}
+    return choice
+
+
+def _encode_logprobs(logprobs: Sequence[TokenLogprob]) -> list[dict[str, JSON]]:
+    """llama-server's form: `id` and `bytes`, and no `token` text, which those who render make from the bytes."""
+    return [
+        {"id": each.token, "bytes": list(each.data), "logprob": each.logprob}
+        | ({"top_logprobs": _encode_logprobs(each.top)} if each.top else {})
+        for each in logprobs
+    ]
+
+
+def _decode_logprobs(plain: Sequence[Mapping[str, Any]]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(
+            each.get("id", -1),
+            bytes(each["bytes"] if each.get("bytes") is not None else each.get("token", "").encode()),
+            each["logprob"],
+            _decode_logprobs(each.get("top_logprobs") or ()),
+        )
+        for each in plain
+    )
 
 
 def _encode_usage(usage: Usage) -> dict[str, JSON]:
@@ -267,6 +341,7 @@ def _encode_usage(usage: Usage) -> dict[str, JSON]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
         "truncated_tokens": usage.truncated_tokens,
+        "shifted_tokens": usage.shifted_tokens,
     }
 
 
@@ -278,6 +353,7 @@ def decode_usage(plain: Mapping[str, Any]) -> Usage:
         completion_tokens=plain.get("completion_tokens", 0),
         thinking_tokens=(plain.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
         truncated_tokens=plain.get("truncated_tokens", 0),
+        shifted_tokens=plain.get("shifted_tokens", 0),
     )
 
 
@@ -331,6 +407,8 @@ class EventDecoder:
             raise decode_error(error)
         if usage := chunk.get("usage"):
             self.usage = decode_usage(usage)
+        if prompt := chunk.get("prompt"):
+            return [PromptEcho(prompt["text"], _decode_logprobs(prompt["logprobs"]))]
         events: list[Event] = []
         for choice in chunk["choices"]:
             events += self._decode_choice(choice)
@@ -342,11 +420,13 @@ class EventDecoder:
 
     def _decode_choice(self, choice: Mapping[str, Any]) -> list[Event]:
         index, delta = choice["index"], choice.get("delta") or {}
+        logprobs = _decode_logprobs((choice.get("logprobs") or {}).get("content") or ())
         events: list[Event] = []
-        if thought := delta.get("reasoning_content"):
-            events.append(ThinkingDelta(thought, index))
-        if text := delta.get("content"):
-            events.append(TextDelta(text, index))
+        thought, text = delta.get("reasoning_content"), delta.get("content")
+        if thought or (thought is not None and logprobs):
+            events.append(ThinkingDelta(thought, index, logprobs))
+        elif text or logprobs:
+            events.append(TextDelta(text or "", index, logprobs))
         events += [ToolCallDelta(_decode_call(call), index) for call in delta.get("tool_calls") or ()]
         if reason := choice.get("finish_reason"):
             self._reasons[index] = FinishReason(reason)
