@@ -20,6 +20,9 @@ class BackendConfiguration:
     Attributes:
         context_size: window of one request in tokens; -1 the model's own.
         num_parallel: windows that the KV cache holds at once. num_sequences: most requests decoded together.
+        use_mlock: keep the weights from being swapped out. tensor_split: shares of each device, empty chooses.
+        flash_attention: None leaves it to the engine. cache_type: of K and V, `f16`, `q8_0` or `q4_0`.
+        parts: the files of a split model in order, empty for a single one. adapters: LoRA files to apply.
         runtime_flags: further flags in the engine's own words, where it takes any.
         draft_model: a smaller model that proposes tokens.
     """
@@ -32,6 +35,12 @@ class BackendConfiguration:
     main_gpu: int | None = None
     num_thread: int | None = None
     use_mmap: bool | None = None
+    use_mlock: bool = False
+    tensor_split: tuple[float, ...] = ()
+    flash_attention: bool | None = None
+    cache_type: str = "f16"
+    parts: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
     draft_model: str = ""
     runtime_flags: tuple[str, ...] = field(default_factory=tuple)
 

@@ -147,12 +147,15 @@ class ServerBusy(HeadwaterError):
 
 
 class GGUFParseError(HeadwaterError):
-    """The file is no GGUF or a damaged one; `offset` is the byte where reading failed."""
+    """The file is no GGUF, a damaged one, or one that says what no model can mean.
+
+    `offset` is the byte where reading failed, if one did.
+    """
 
     code = "gguf_parse_error"
 
-    def __init__(self, message: str, offset: int) -> None:
-        super().__init__(f"failed to parse GGUF: {message} (at byte {offset})")
+    def __init__(self, message: str, offset: int | None = None) -> None:
+        super().__init__(f"failed to parse GGUF: {message}{f' (at byte {offset})' if offset is not None else ''}")
         self.offset = offset
 
 

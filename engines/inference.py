@@ -29,6 +29,12 @@ class LoadConfig:
         keep_alive: pinned in memory, exempt from idle eviction.
         num_parallel: how many windows the KV cache must hold at once. num_sequences: most requests decoded together.
         num_batch: prompt tokens of one step. num_threads: 0 takes one for each core. use_mmap: None chooses.
+        use_mlock: keep the weights from being swapped out. tensor_split: shares of each device, empty chooses.
+        flash_attention: None chooses. cache_type: of K and V, such as `f16` or `q8_0`.
+        parts: the files of a split model in order, empty for a single one. adapters: LoRA files, all active.
+        step_limit_s: a step that takes longer hangs, and the worker ends itself.
+        prefill_slowdown: how many times longer a step may take for those who decode when a prompt is read beside them.
+        shelf: the folder of the prefixes on the disk, empty for none. shelf_bytes: how large it may become.
     """
 
     gpu_ids: tuple[int, ...] = ()
@@ -40,6 +46,16 @@ class LoadConfig:
     num_batch: int = 512
     num_threads: int = 0
     use_mmap: bool | None = None
+    use_mlock: bool = False
+    tensor_split: tuple[float, ...] = ()
+    flash_attention: bool | None = None
+    cache_type: str = "f16"
+    parts: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    step_limit_s: float = 120.0
+    prefill_slowdown: float = 2.5
+    shelf: str = ""
+    shelf_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,21 @@ TABLE = [
     Row(("engines.store.*",), ("engines.store.*", "engines.chat.capabilities", *VOCABULARY), ("msgspec",)),
     Row(("engines.chat.sandbox",), VOCABULARY, ("jinja2",)),
     Row(("engines.chat.*",), ("engines.chat.*", *VOCABULARY), ("msgspec",)),
-    Row(("engines.llamacpp.backend",), ("engines.backend", "engines.inference", "engines.process", *VOCABULARY)),
+    Row(
+        ("engines.llamacpp.backend",),
+        (
+            "engines.backend",
+            "engines.inference",
+            "engines.process",
+            "engines.llamacpp.memory",
+            "engines.store.gguf",
+            *VOCABULARY,
+        ),
+    ),  # fmt: skip
+    Row(
+        ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.llamacpp.memory"),
+        ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.inference", "engines.store.*", *VOCABULARY),
+    ),
     Row(("engines.llamacpp.bindings",), VOCABULARY, ("llama_cpp", "llguidance", "numpy")),
     Row(
         ("engines.llamacpp.*",),

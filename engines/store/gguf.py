@@ -29,6 +29,8 @@ _MAX_NAME_BYTES = 65535  # of a key (GGUF specification); tensor names are far s
 _MAX_DIMS = 4  # ggml.h GGML_MAX_DIMS
 _MAX_PARAMETERS = 1 << 63  # ggml counts in int64
 _DEFAULT_ALIGNMENT = 32
+_SHORT_ARRAY = 1024
+"""Numbers of an array that is read in any case: one for each layer, which is part of a model's shape."""
 
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -54,12 +56,15 @@ class GGUFHeader:
     Attributes:
         metadata: every key in file order; strings that are no UTF-8 have U+FFFD in place of the bad bytes.
         tensors: in file order, each shape innermost dimension first.
+        header_bytes, data_bytes: what comes before the weights, and the weights themselves.
     """
 
     version: int
     metadata: Mapping[str, JSON]
     tensors: tuple[TensorInfo, ...]
     num_parameters: int
+    header_bytes: int = 0
+    data_bytes: int = 0
 
     @property
     def architecture(self) -> str:
@@ -91,7 +96,7 @@ class GGUFHeader:
 def read_header(path: Path, *, arrays: bool = True) -> GGUFHeader:
     """Read a file's header. Blocks for a few hundred milliseconds at most.
 
-    Without `arrays` every array in the metadata is None, which is several times quicker for a large vocabulary.
+    Without `arrays` every long array in the metadata is None, which is several times quicker for a large vocabulary.
 
     Raises:
         GGUFParseError: the file is no GGUF, or is damaged or cut short anywhere.
@@ -179,7 +184,8 @@ class _Reader:
         form = self.form(kind, key)
         number = self.count(f"values in {key!r}", form.size)
         data = self.take(number * form.size, key)
-        return list(struct.unpack(f"<{number}{form.format[1:]}", data)) if self.keep_arrays else None
+        is_kept = self.keep_arrays or number <= _SHORT_ARRAY
+        return list(struct.unpack(f"<{number}{form.format[1:]}", data)) if is_kept else None
 
     def strings(self, number: int, key: str) -> list[JSON] | None:
         """A vocabulary, mostly: the one hot loop, hence the local names and the bounds check in line."""
@@ -218,12 +224,14 @@ def _parse(reader: _Reader) -> GGUFHeader:
         if key in metadata:
             raise reader.fail(f"the metadata key {key!r} appears twice")
         metadata[key] = reader.value(key)
-    tensors, num_parameters = _parse_tensors(reader, num_tensors, metadata)
-    return GGUFHeader(version, metadata, tensors, num_parameters)
+    tensors, num_parameters, data_bytes = _parse_tensors(reader, num_tensors, metadata)
+    return GGUFHeader(version, metadata, tensors, num_parameters, reader.offset, data_bytes)
 
 
-def _parse_tensors(reader: _Reader, number: int, metadata: Mapping[str, JSON]) -> tuple[tuple[TensorInfo, ...], int]:
-    """The tensors and their parameters in all. The weights must be there in full."""
+def _parse_tensors(
+    reader: _Reader, number: int, metadata: Mapping[str, JSON]
+) -> tuple[tuple[TensorInfo, ...], int, int]:
+    """The tensors, their parameters in all, and their bytes. The weights must be there in full."""
     tensors: dict[str, TensorInfo] = {}
     num_parameters = data_bytes = 0
     for _ in range(number):
@@ -247,7 +255,7 @@ def _parse_tensors(reader: _Reader, number: int, metadata: Mapping[str, JSON]) -
     end = -(-reader.offset // alignment) * alignment + data_bytes
     if tensors and end > reader.size:
         raise GGUFParseError(f"the file is cut short: its tensors end at byte {end}", reader.size)
-    return tuple(tensors.values()), num_parameters
+    return tuple(tensors.values()), num_parameters, data_bytes
 
 
 def _product(shape: tuple[int, ...]) -> int:

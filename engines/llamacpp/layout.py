@@ -1,0 +1,47 @@
+"""How much a context holds: one request's window, the cells of all of them, the slots, the batch.
+
+The engine makes its context by these numbers and the memory estimate counts with them, so both must be decided in one
+place. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.inference import LoadConfig
+
+DEFAULT_NUM_CTX = 4096
+KEPT_SEQUENCES = 32
+"""Slots beyond those that run, for prefixes of finished requests."""
+
+MAX_SLOTS = 256  # llama-cparams.h LLAMA_MAX_SEQ
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`num_ctx`: one request's window in tokens. `num_cells`: of all. `num_batch`: most tokens of one step."""
+
+    num_ctx: int
+    num_cells: int
+    num_slots: int
+    num_batch: int
+
+
+def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
+    """The layout of a model that was trained with a window of `trained` tokens, 0 when unknown.
+
+    Finished sequences keep their slots, so there are more than can run; recurrent memory pays for each and has none.
+    """
+    num_ctx = _window(config.context_size, trained)
+    num_cells = num_ctx * max(config.num_parallel, 1)
+    num_slots = min(max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES), MAX_SLOTS)
+    return Layout(num_ctx, num_cells, num_slots, max(min(config.num_batch, num_cells), num_slots))
+
+
+def _window(asked: int | None, trained: int) -> int:
+    """Tokens of one request's window: what was asked for, within what the model was trained with."""
+    if asked is None:
+        asked = DEFAULT_NUM_CTX
+    elif asked <= 0:
+        asked = trained or DEFAULT_NUM_CTX
+    return min(asked, trained) if trained else asked
