@@ -1,4 +1,4 @@
-"""What comes back: the events of one answer, in order.
+"""What comes back: the events of one answer, in order, or vectors and scores, all at once.
 
 A stream is any number of deltas, one `ChoiceFinished` for each choice, then exactly one `Finished`. Deltas are never
 half a character, and text held back for a stop string that did not come is flushed before the choice finishes.
@@ -6,10 +6,14 @@ half a character, and text held back for a stop string that did not come is flus
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from enum import StrEnum
 
 from engines.request import ToolCall
+
+Vector = array  # of type code "f": as packed as it is computed, since a thousand texts make half a million numbers
+"""One embedding, in single precision."""
 
 
 class FinishReason(StrEnum):
@@ -135,6 +139,24 @@ class Finished:
     usage: Usage
     timings: Timings
     tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """One vector for each input, in order."""
+
+    vectors: tuple[Vector[float], ...]
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One score for each document, in order, as the model gives it: higher is nearer, the scale is the model's."""
+
+    scores: tuple[float, ...]
+    usage: Usage
+    timings: Timings
 
 
 Delta = TextDelta | ThinkingDelta | ToolCallDelta

@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from engines.errors import ModelNotLoaded, UnsupportedFeature
-from engines.events import Event, Finished, TextDelta, Timings, Usage
+from engines.events import Event, Finished, TextDelta, Timings, Usage, Vector
 from engines.request import EmbedRequest, GenerateRequest, Message, Origin, RerankRequest, Sampling
 
 
@@ -115,8 +115,11 @@ class EngineStats:
     totals: dict[str, float] = field(default_factory=dict)
 
 
-class Generation(Protocol):
-    """The events of one request, and what it has cost so far."""
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Work(Protocol):
+    """One admitted request, and what it has cost so far."""
 
     @property
     def usage(self) -> Usage:
@@ -126,12 +129,23 @@ class Generation(Protocol):
     def timings(self) -> Timings:
         """Times so far."""
 
+    async def aclose(self) -> None:
+        """Cancel what is still running; `usage` is final once this returns. Harmless after the end."""
+
+
+class Generation(Work, Protocol):
+    """The events of one answer."""
+
     def __aiter__(self) -> AsyncIterator[Event]: ...
 
     async def __anext__(self) -> Event: ...
 
-    async def aclose(self) -> None:
-        """Cancel what is still running; `usage` is final once this returns. Harmless after the end."""
+
+class Computation(Work, Protocol[T_co]):
+    """Something that comes all at once."""
+
+    async def result(self) -> T_co:
+        """What was asked for, once it is all computed. Raises what went wrong, Cancelled after `aclose`."""
 
 
 class CompletionSession(Protocol):
@@ -191,12 +205,12 @@ class InferenceBackend(ABC):
     def stats(self) -> EngineStats:
         """What the engine is doing; cheap, never waits."""
 
-    async def embed(self, request: EmbedRequest) -> tuple[list[list[float]], Usage]:
-        """One vector for each input, in order."""
+    async def embed(self, request: EmbedRequest) -> Computation[Sequence[Vector[float]]]:
+        """Admit a request for one vector for each input, in order. Raises what makes it impossible."""
         raise UnsupportedFeature("this engine does not make embeddings")
 
-    async def rerank(self, request: RerankRequest) -> tuple[list[float], Usage]:
-        """One score for each document, in order."""
+    async def rerank(self, request: RerankRequest) -> Computation[Sequence[float]]:
+        """Admit a request for one score for each document, in order. Raises what makes it impossible."""
         raise UnsupportedFeature("this engine does not rerank")
 
     async def infer(self, prompt: str, options: ChatOptions = ChatOptions()) -> ChatResponse:

@@ -266,7 +266,9 @@ class EmbedRequest:
     Attributes:
         truncate: an over-long input loses its end instead of being refused.
         dimensions: keeps the first so many numbers of each vector; None, 0 and more than there are keep all.
-        normalize: vectors have length 1; without it they come as the model makes them.
+        normalize: vectors have length 1; without it they come as the model makes them; None does as Ollama's runner
+            does for the model (`spec/ollama.md` section 5.5).
+        inputs: none at all only loads the model.
     """
 
     id: str
@@ -275,7 +277,7 @@ class EmbedRequest:
     inputs: tuple[str | tuple[int, ...], ...]
     truncate: bool = True
     dimensions: int | None = None
-    normalize: bool = True
+    normalize: bool | None = True
     priority: Priority = Priority.NORMAL
     load: LoadOptions = LoadOptions()
     keep_alive_s: float | None = None
@@ -283,7 +285,12 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:
-    """Documents to score against one query. `truncate`: an over-long document loses its end."""
+    """Documents to score against one query.
+
+    Attributes:
+        truncate: an over-long document loses its end instead of the request being refused.
+        max_document_tokens: what each document keeps at most; None for all of it.
+    """
 
     id: str
     model: str
@@ -291,6 +298,7 @@ class RerankRequest:
     query: str
     documents: tuple[str, ...]
     truncate: bool = True
+    max_document_tokens: int | None = None
     priority: Priority = Priority.NORMAL
     load: LoadOptions = LoadOptions()
     keep_alive_s: float | None = None
