@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engines.errors import HeadwaterError, ModelNotFound
-from engines.events import ChoiceFinished, Event, Finished, TextDelta, ThinkingDelta, ToolCallDelta
+from engines.events import (
+    ChoiceFinished,
+    Event,
+    Finished,
+    TextDelta,
+    ThinkingDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
 from engines.model import ModelCard, ModelDescription, RunnerStatus
 from engines.request import GenerateRequest
 
@@ -76,10 +84,8 @@ class Answer:
     def add(self, event: Event) -> None:
         """Take in the next event."""
         match event:
-            case TextDelta(text, index):
-                self.choices[index].texts.append(text)
-            case ThinkingDelta(text, index):
-                self.choices[index].thoughts.append(text)
+            case TextDelta(_, index) | ThinkingDelta(_, index):
+                self.choices[index].deltas.append(event)
             case ToolCallDelta(_, index):
                 self.choices[index].tool_calls.append(event)
             case ChoiceFinished(_, index):
@@ -89,23 +95,32 @@ class Answer:
 
 
 class Choice:
-    """One choice of an `Answer`."""
+    """One choice of an `Answer`; `deltas` are its pieces of answer and reasoning in order."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.thoughts: list[str] = []
+        self.deltas: list[TextDelta | ThinkingDelta] = []
         self.tool_calls: list[ToolCallDelta] = []
         self.finished: ChoiceFinished | None = None
 
     @property
+    def pieces(self) -> list[TextDelta]:
+        """The pieces of the visible answer."""
+        return [delta for delta in self.deltas if isinstance(delta, TextDelta)]
+
+    @property
     def text(self) -> str:
         """The visible answer."""
-        return "".join(self.texts)
+        return "".join(piece.text for piece in self.pieces)
 
     @property
     def thinking(self) -> str:
         """The reasoning before it."""
-        return "".join(self.thoughts)
+        return "".join(delta.text for delta in self.deltas if isinstance(delta, ThinkingDelta))
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """The tokens of both in order, when they were asked for."""
+        return [token for delta in self.deltas for token in delta.logprobs]
 
 
 async def collect(events: AsyncIterator[Event], num_choices: int = 1) -> Answer:

@@ -16,7 +16,11 @@ from compat.ollama.schema import ChatBody, GenerateBody, GenerationBody, Message
 from compat.ollama.tools import parse_tool
 from engines.errors import BadRequest, UnsupportedFeature
 from engines.model import ModelCard
-from engines.request import JSON, GenerateRequest, Message, Origin, OutputFormat, ToolCall
+from engines.options import parse_num_keep
+from engines.request import JSON, GenerateRequest, Message, Origin, OutputFormat, Priority, ToolCall
+
+_UNSHIFTED = "deepseek2"
+"""The family whose window is not shifted unless the client asks for it, as in Ollama."""
 
 
 def parse_unload(body: GenerationBody, *, request_id: str, origin: Origin) -> GenerateRequest:
@@ -83,7 +87,11 @@ def _parse_load(
         keep_alive_s=body.keep_alive,
         think=think,
         truncate=body.truncate,
+        shift=card.family != _UNSHIFTED if body.shift is None else body.shift,
+        num_keep=parse_num_keep(body.options, card.parameters),
+        logprobs=body.top_logprobs if body.logprobs else None,
         stream=body.stream,
+        priority=Priority.INTERACTIVE if body.stream else Priority.NORMAL,
     )
 
 
@@ -105,8 +113,6 @@ def _require(card: ModelCard, name: str, task: str, wanted: tuple[str, ...]) -> 
 
 
 def _refuse_unsupported(body: GenerationBody) -> None:
-    if body.logprobs:
-        raise UnsupportedFeature("logprobs are not supported yet", param="logprobs")
     if body.debug_render_only:
         raise UnsupportedFeature("_debug_render_only is not supported yet", param="_debug_render_only")
 

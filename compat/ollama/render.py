@@ -7,14 +7,16 @@ token. The surprise: all tool calls of an answer wait for its last object, where
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
 
 from compat.ollama.gojson import encode
+from compat.ollama.logprobs import render_logprobs
 from compat.ollama.schema import CalledFunction, CallReply, ChatReply, GenerateReply, MessageReply
 from compat.services import Answer
-from engines.events import Event, Finished, FinishReason, TextDelta, ThinkingDelta, ToolCallDelta
+from engines.events import Event, Finished, FinishReason, TextDelta, ThinkingDelta, TokenLogprob, ToolCallDelta, Usage
 from engines.request import ToolCall
 
 _Count = int | UnsetType
@@ -41,9 +43,10 @@ class _Head:
         self.model = model
         self._prefix = b'{"model":' + encode(model) + b',"created_at":"'
 
-    def chunk(self, now_ns: int, rest: bytes) -> bytes:
+    def chunk(self, now_ns: int, rest: bytes, logprobs: Sequence[TokenLogprob]) -> bytes:
         """An intermediate object."""
-        return self._prefix + render_time(now_ns).encode() + b'",' + rest + b',"done":false}'
+        told = b',"logprobs":' + encode(render_logprobs(logprobs)) if logprobs else b""
+        return self._prefix + render_time(now_ns).encode() + b'",' + rest + b',"done":false' + told + b"}"
 
 
 class ChatObjects:
@@ -56,15 +59,16 @@ class ChatObjects:
     def render(self, event: Event, now_ns: int) -> bytes | None:
         """The event's object."""
         match event:
-            case TextDelta(text):
-                return self._chunk(now_ns, encode(text)) if text else None
-            case ThinkingDelta(text):
-                return self._chunk(now_ns, b'"","thinking":' + encode(text)) if text else None
+            case TextDelta(text, _, logprobs) if text or logprobs:
+                return self._chunk(now_ns, encode(text), logprobs)
+            case ThinkingDelta(text, _, logprobs) if text or logprobs:
+                thinking = b',"thinking":' + encode(text) if text else b""
+                return self._chunk(now_ns, b'""' + thinking, logprobs)
             case ToolCallDelta(call):
                 self._calls.append(call)
                 return None
             case Finished():
-                return self._last(MessageReply("assistant", "", UNSET, _render_calls(self._calls)), event, now_ns)
+                return self._last(MessageReply("assistant", "", UNSET, _render_calls(self._calls)), (), event, now_ns)
             case _:
                 return None
 
@@ -74,19 +78,28 @@ class ChatObjects:
         calls = _render_calls([delta.call for delta in choice.tool_calls])
         message = MessageReply("assistant", choice.text, choice.thinking or UNSET, calls)
         assert answer.finished is not None, "the last event of every answer"
-        return self._last(message, answer.finished, now_ns)
+        return self._last(message, choice.logprobs, answer.finished, now_ns)
 
     def empty(self, reason: FinishReason, now_ns: int) -> bytes:
         """Load and unload."""
         message = MessageReply("assistant", "")
         return encode(ChatReply(self._head.model, render_time(now_ns), message, done=True, done_reason=reason.value))
 
-    def _chunk(self, now_ns: int, content: bytes) -> bytes:
-        return self._head.chunk(now_ns, b'"message":{"role":"assistant","content":' + content + b"}")
+    def _chunk(self, now_ns: int, content: bytes, logprobs: Sequence[TokenLogprob]) -> bytes:
+        return self._head.chunk(now_ns, b'"message":{"role":"assistant","content":' + content + b"}", logprobs)
 
-    def _last(self, message: MessageReply, finished: Finished, now_ns: int) -> bytes:
-        created_at, reason = render_time(now_ns), _render_reason(finished.reason)
-        return encode(ChatReply(self._head.model, created_at, message, True, reason, *_statistics(finished)))
+    def _last(self, message: MessageReply, logprobs: Sequence[TokenLogprob], finished: Finished, now_ns: int) -> bytes:
+        reply = ChatReply(
+            self._head.model,
+            render_time(now_ns),
+            message,
+            True,
+            _render_reason(finished.reason),
+            render_logprobs(logprobs) or UNSET,
+            *_statistics(finished),
+            *_losses(finished.usage),
+        )
+        return encode(reply)
 
 
 class GenerateObjects:
@@ -98,12 +111,13 @@ class GenerateObjects:
     def render(self, event: Event, now_ns: int) -> bytes | None:
         """The event's object."""
         match event:
-            case TextDelta(text):
-                return self._head.chunk(now_ns, b'"response":' + encode(text)) if text else None
-            case ThinkingDelta(text):
-                return self._head.chunk(now_ns, b'"response":"","thinking":' + encode(text)) if text else None
+            case TextDelta(text, _, logprobs) if text or logprobs:
+                return self._head.chunk(now_ns, b'"response":' + encode(text), logprobs)
+            case ThinkingDelta(text, _, logprobs) if text or logprobs:
+                thinking = b',"thinking":' + encode(text) if text else b""
+                return self._head.chunk(now_ns, b'"response":""' + thinking, logprobs)
             case Finished():
-                return self._last("", "", event, now_ns)
+                return self._last("", "", (), event, now_ns)
             case _:
                 return None
 
@@ -111,13 +125,15 @@ class GenerateObjects:
         """The only object."""
         choice = answer.choices[0]
         assert answer.finished is not None, "the last event of every answer"
-        return self._last(choice.text, choice.thinking, answer.finished, now_ns)
+        return self._last(choice.text, choice.thinking, choice.logprobs, answer.finished, now_ns)
 
     def empty(self, reason: FinishReason, now_ns: int) -> bytes:
         """Load and unload."""
         return encode(GenerateReply(self._head.model, render_time(now_ns), "", UNSET, True, reason.value))
 
-    def _last(self, response: str, thinking: str, finished: Finished, now_ns: int) -> bytes:
+    def _last(
+        self, response: str, thinking: str, logprobs: Sequence[TokenLogprob], finished: Finished, now_ns: int
+    ) -> bytes:
         reply = GenerateReply(
             self._head.model,
             render_time(now_ns),
@@ -127,6 +143,8 @@ class GenerateObjects:
             _render_reason(finished.reason),
             finished.tokens or UNSET,
             *_statistics(finished),
+            render_logprobs(logprobs) or UNSET,
+            *_losses(finished.usage),
         )
         return encode(reply)
 
@@ -144,7 +162,7 @@ def _render_reason(reason: FinishReason) -> str:
 
 
 def _statistics(finished: Finished) -> tuple[_Count, _Count, _Count, _Count, _Count, _Count]:
-    """The last six fields. A model that was there already has cost a load time too, that of finding it so."""
+    """Ollama's six statistics. A model that was there already has cost a load time too, that of finding it so."""
     usage, timings = finished.usage, finished.timings
     return (
         _nanoseconds(timings.total_s),
@@ -154,6 +172,13 @@ def _statistics(finished: Finished) -> tuple[_Count, _Count, _Count, _Count, _Co
         usage.completion_tokens or UNSET,
         _nanoseconds(timings.decode_s),
     )
+
+
+def _losses(usage: Usage) -> tuple[_Count, bool | UnsetType]:
+    """Our own two fields, for an answer whose prompt was cut or whose window moved on; else neither appears."""
+    if not (usage.truncated_tokens or usage.shifted_tokens):
+        return UNSET, UNSET
+    return usage.prompt_tokens + usage.truncated_tokens, True
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -36,7 +36,7 @@ class GenerationBody(Struct, kw_only=True):
     options: dict[str, Any] = {}
     think: bool | ThinkLevel | None = None
     truncate: bool = True
-    shift: bool = True
+    shift: bool | None = None
     debug_render_only: bool = msgspec.field(default=False, name="_debug_render_only")
     logprobs: bool = False
     top_logprobs: int = 0
@@ -142,6 +142,23 @@ class ErrorBody(Struct):
     error: str
 
 
+class TopTokenBody(Struct):
+    """A likely token; `bytes` tells what `token` cannot where it is half a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | UnsetType
+
+
+class TokenBody(Struct):
+    """A generated token, and the likeliest ones in its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | UnsetType
+    top_logprobs: list[TopTokenBody] | UnsetType
+
+
 class CalledFunction(Struct):
     """The function that the model calls; `index` counts from 0."""
 
@@ -167,23 +184,26 @@ class MessageReply(Struct):
 
 
 class ChatReply(Struct):
-    """The last object of a chat, or the only one. Durations are nanoseconds."""
+    """The last object of a chat, or the only one. Durations are nanoseconds; the last two fields are our own."""
 
     model: str
     created_at: str
     message: MessageReply
     done: bool
     done_reason: str
+    logprobs: list[TokenBody] | UnsetType = UNSET
     total_duration: int | UnsetType = UNSET
     load_duration: int | UnsetType = UNSET
     prompt_eval_count: int | UnsetType = UNSET
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
+    prompt_tokens_sent: int | UnsetType = UNSET
+    truncated: bool | UnsetType = UNSET
 
 
 class GenerateReply(Struct):
-    """The last object of a generation, or the only one. Durations are nanoseconds."""
+    """The last object of a generation, or the only one. Durations are nanoseconds; the last two fields are our own."""
 
     model: str
     created_at: str
@@ -198,6 +218,9 @@ class GenerateReply(Struct):
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
+    logprobs: list[TokenBody] | UnsetType = UNSET
+    prompt_tokens_sent: int | UnsetType = UNSET
+    truncated: bool | UnsetType = UNSET
 
 
 class VersionReply(Struct):

@@ -10,19 +10,21 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Iterable, Sequence
 
+from compat.openai.logprobs import EchoDelta
 from compat.services import Services
 from compat.streams import aclose
 from engines.errors import HeadwaterError
-from engines.events import Event, Finished, Usage
+from engines.events import Event, Finished, PromptEcho, Usage
 from engines.request import GenerateRequest
 
 
 async def generate_all(services: Services, requests: Sequence[GenerateRequest]) -> AsyncIterator[Event]:
     """The events of all requests as one answer; choice s of request p has the index `p * num_choices + s`.
 
-    Returns once every request has been admitted. When one fails, before or after that, the others are cancelled.
+    A prompt that is to be echoed comes as the first piece of each of its choices. Returns once every request has been
+    admitted. When one fails, before or after that, the others are cancelled.
     """
-    if len(requests) == 1:
+    if len(requests) == 1 and not requests[0].echo:
         return await services.generate(requests[0])
     batch = Batch(services, requests)
     try:
@@ -89,9 +91,13 @@ class Batch:
             self.admitted.set_exception(error)
 
     def _take(self, position: int, num_choices: int, event: Event) -> None:
+        first = position * num_choices
+        if isinstance(event, PromptEcho):
+            for index in range(first, first + num_choices):
+                self._events.put_nowait(EchoDelta(event.text, index, event.logprobs))
+            return
         if not isinstance(event, Finished):
-            shifted = dataclasses.replace(event, index=position * num_choices + event.index)
-            self._events.put_nowait(shifted)
+            self._events.put_nowait(dataclasses.replace(event, index=first + event.index))
             return
         self._finished[position] = event
         if len(self._finished) == len(self._tasks):

@@ -5,22 +5,21 @@ Refuses what is understood but not offered, naming the field, because silently i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from compat.keep_alive import parse_keep_alive
+from compat.openai.formats import parse_format
 from compat.openai.messages import parse_messages
+from compat.openai.options import parse_options, parse_priority
 from compat.openai.refusals import invalid, invalid_type, unsupported_parameter, unsupported_value
 from compat.openai.schema import MAX_PROMPTS, ChatBody, CompletionBody, GenerateBody
 from compat.openai.tools import parse_tools
-from engines.errors import BadRequest
 from engines.model import ModelCard
-from engines.options import OptionTypeError, parse_load_options, parse_sampling
-from engines.request import JSON, GenerateRequest, LoadOptions, Origin, OutputFormat, Sampling
+from engines.options import parse_num_keep
+from engines.request import JSON, GenerateRequest, Origin, Sampling
 
 DEFAULTS = Sampling(temperature=1.0, top_p=1.0)
 
-_INT32_MAX = 2**31 - 1
 _EFFORTS: dict[str, bool | str] = {
     "none": False,
     "minimal": "low",
@@ -41,33 +40,45 @@ def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Orig
         UnsupportedCapability: there is an image and the model has no eyes.
     """
     _refuse_unsupported_chat(body)
-    sampling, load = _options(body)
+    sampling, load = parse_options(body)
+    tools = parse_tools(body)
     return GenerateRequest(
         id=request_id,
         model=body.model,
         origin=origin,
         messages=card.introduce(parse_messages(body.messages, card)),
-        tools=parse_tools(body),
-        format=_format(body),
+        tools=tools,
+        format=parse_format(body, tools),
         sampling=sampling,
         defaults=DEFAULTS,
         load=load,
         keep_alive_s=parse_keep_alive(body.keep_alive),
         think=_think(body) if "thinking" in card.capabilities else None,
         template_kwargs=_template_kwargs(body),
+        truncate=_truncate(body),
+        num_keep=parse_num_keep(body.options or {}, card.parameters),
         num_choices=body.n or 1,
+        logprobs=chat_logprobs_of(body),
         stream=bool(body.stream),
+        priority=parse_priority(body),
     )
 
 
-def parse_completion(body: CompletionBody, *, request_id: str, origin: Origin) -> list[GenerateRequest]:
+def parse_completion(
+    body: CompletionBody, card: ModelCard, *, request_id: str, origin: Origin
+) -> list[GenerateRequest]:
     """One request for each prompt of a completion; the first has `request_id`, the others `-1`, `-2`, ... after it.
+
+    More choices than are wanted are asked for with their log-probabilities, so that the best can be found.
 
     Raises:
         BadRequest: the body is malformed, or asks for what is not offered.
     """
     _refuse_unsupported_completion(body)
-    sampling, load = _options(body)
+    sampling, load = parse_options(body)
+    output_format, prompts = parse_format(body), _prompts(body)
+    num_choices = body.best_of or body.n or 1
+    logprobs = completion_logprobs_of(body)
     return [
         GenerateRequest(
             id=f"{request_id}-{position}" if position else request_id,
@@ -75,28 +86,41 @@ def parse_completion(body: CompletionBody, *, request_id: str, origin: Origin) -
             origin=origin,
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_tokens=None if isinstance(prompt, str) else prompt,
-            format=_format(body),
+            format=output_format,
             sampling=sampling,
             defaults=DEFAULTS,
             load=load,
             keep_alive_s=parse_keep_alive(body.keep_alive),
-            num_choices=body.n or 1,
+            truncate=_truncate(body),
+            num_keep=parse_num_keep(body.options or {}, card.parameters),
+            num_choices=num_choices,
+            logprobs=0 if logprobs is None and num_choices > (body.n or 1) else logprobs,
+            echo=bool(body.echo),
             stream=bool(body.stream),
+            priority=parse_priority(body, len(prompts)),
         )
-        for position, prompt in enumerate(_prompts(body))
+        for position, prompt in enumerate(prompts)
     ]
 
 
+def chat_logprobs_of(body: ChatBody) -> int | None:
+    """How many likely alternatives to show of each token; None shows no log-probabilities."""
+    if not body.logprobs:
+        return body.n_probs or None
+    return body.n_probs or 0 if body.top_logprobs is None else body.top_logprobs
+
+
+def completion_logprobs_of(body: CompletionBody) -> int | None:
+    """The same for a completion, where `true` is 1 and 0 shows the chosen token alone."""
+    if body.logprobs is None or body.logprobs is False:
+        return body.n_probs or None
+    return int(body.logprobs)
+
+
 def _refuse_unsupported_chat(body: ChatBody) -> None:
-    _refuse(
-        logit_bias=body.logit_bias,
-        grammar=body.grammar,
-        logprobs=body.logprobs,
-        top_logprobs=body.top_logprobs,
-        functions=body.functions,
-        function_call=body.function_call,
-        audio=body.audio,
-    )
+    _refuse(functions=body.functions, function_call=body.function_call, audio=body.audio)
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs", "'logprobs' must be true with it")
     if "audio" in (body.modalities or ()):
         raise unsupported_value("modalities", "audio output is not offered here")
     if body.add_generation_prompt and body.continue_final_message:
@@ -104,17 +128,11 @@ def _refuse_unsupported_chat(body: ChatBody) -> None:
 
 
 def _refuse_unsupported_completion(body: CompletionBody) -> None:
-    _refuse(
-        logit_bias=body.logit_bias,
-        grammar=body.grammar,
-        logprobs=body.logprobs is not None and body.logprobs is not False,  # 0 asks for the sampled token's own
-        echo=body.echo,
-        suffix=body.suffix,
-    )
+    _refuse(suffix=body.suffix)
     if body.best_of is not None and body.best_of < (body.n or 1):
         raise invalid("best_of", "smaller than 'n'")
-    if body.best_of is not None and body.best_of > 1:
-        raise unsupported_value("best_of", "more than 1 is not offered here")
+    if body.best_of is not None and body.best_of > 1 and body.stream:
+        raise invalid("best_of", "more than 1 cannot be streamed")
 
 
 def _refuse(**fields: Any) -> None:
@@ -124,62 +142,9 @@ def _refuse(**fields: Any) -> None:
             raise unsupported_parameter(name)
 
 
-def _options(body: GenerateBody) -> tuple[Sampling, LoadOptions]:
-    """Sampling and load options; a field of OpenAI's wins over the same one in Ollama's `options`."""
-    options: Mapping[str, JSON] = body.options or {}
-    try:
-        sampling, load = parse_sampling(options), parse_load_options(options)
-    except OptionTypeError as error:
-        raise BadRequest(f"Invalid 'options': {error.message}.", param="options", reason="invalid_type") from None
-    said = Sampling(
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        min_p=body.min_p,
-        typical_p=body.typical_p,
-        repeat_last_n=body.repeat_last_n,
-        repeat_penalty=body.repeat_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        seed=_seed(body.seed),
-        stop=_stop(body.stop),
-        max_tokens=_max_tokens(body),
-    )
-    return said.over(sampling), load
-
-
-def _seed(seed: int | None) -> int | None:
-    """The seed modulo 2**32, except -1, which means random in llama.cpp."""
-    return seed if seed is None or seed == -1 else seed % 2**32
-
-
-def _stop(stop: str | list[str] | None) -> tuple[str, ...] | None:
-    strings = [stop] if isinstance(stop, str) else stop or []
-    return tuple(string for string in strings if string) or None
-
-
-def _max_tokens(body: GenerateBody) -> int | None:
-    """The token limit, clamped to what any context can hold; -1 means none."""
-    limits = {
-        "max_completion_tokens": body.max_completion_tokens,
-        "max_tokens": body.max_tokens,
-        "n_predict": body.n_predict,
-    }
-    for name, limit in limits.items():
-        if limit is not None:
-            if limit < 1 and limit != -1:
-                raise invalid(name, "expected a value >= 1, or -1 for no limit", "integer_below_min_value")
-            return min(limit, _INT32_MAX)
-    return None
-
-
-def _format(body: GenerateBody) -> OutputFormat | None:
-    """The constraint on the output; an empty schema allows any object."""
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None if body.json_schema is None else OutputFormat(body.json_schema or None)
-    schema = wanted.schema if wanted.json_schema is None else wanted.json_schema.schema
-    return OutputFormat(schema or None)
+def _truncate(body: GenerateBody) -> bool:
+    """Whether a prompt that is too long is cut; here only on request."""
+    return bool(body.truncate) or body.truncation == "auto"
 
 
 def _think(body: ChatBody) -> bool | str | None:

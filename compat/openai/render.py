@@ -7,22 +7,25 @@ one kind of thing per delta, one finish chunk per choice, usage last.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 from msgspec import UNSET
 
+from compat.openai.logprobs import HeldTokens, chat_logprobs, completion_logprobs, mean_logprob, settled
 from compat.openai.schema import (
     CallChunk,
     CalledFunction,
     CallReply,
     ChatChoice,
+    ChatLogprobs,
     Choice,
     ChunkChoice,
     CompletionChoice,
     CompletionDetails,
+    CompletionLogprobs,
     CompletionReply,
     Delta,
     MessageReply,
@@ -32,7 +35,17 @@ from compat.openai.schema import (
 )
 from compat.services import Answer
 from compat.services import Choice as Collected
-from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, ThinkingDelta, ToolCallDelta, Usage
+from engines.events import (
+    ChoiceFinished,
+    Event,
+    Finished,
+    FinishReason,
+    TextDelta,
+    ThinkingDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from engines.model import ModelCard
 from engines.request import ToolCall
 
@@ -46,6 +59,8 @@ class Reply:
     Attributes:
         model: as the client typed it. num_choices: of all prompts together.
         include_usage: a stream ends with a usage chunk. parallel_tool_calls: False shows the first call only.
+        logprobs: how many likely alternatives to show of each token; None shows no log-probabilities.
+        best_of, num_kept: choices that each prompt was given, and how many of them are shown.
     """
 
     id: str
@@ -55,6 +70,9 @@ class Reply:
     num_choices: int = 1
     include_usage: bool = False
     parallel_tool_calls: bool = True
+    logprobs: int | None = None
+    best_of: int = 1
+    num_kept: int = 1
 
     def whole(self, object_name: str, choices: list[Choice], usage: Usage) -> bytes:
         """The body of a reply that is not streamed."""
@@ -90,6 +108,7 @@ class ChatChunks:
 
     reply: Reply
     num_calls: Counter[int] = field(default_factory=Counter)
+    held: HeldTokens = field(default_factory=HeldTokens)
 
     def opening(self) -> Iterator[bytes]:
         """The role of every choice, because a choice may first appear only after all before it."""
@@ -99,16 +118,19 @@ class ChatChunks:
     def render(self, event: Event) -> bytes | None:
         """The event's chunk."""
         match event:
-            case TextDelta(text, index):
-                return self._chunk(index, Delta(content=text)) if text else None
+            case TextDelta():
+                piece = self.held.release(event)
+                return self._chunk(piece.index, Delta(content=piece.text), tokens=piece.logprobs) if piece else None
             case ThinkingDelta(text, index):
                 return self._chunk(index, Delta(reasoning_content=text, reasoning=text)) if text else None
             case ToolCallDelta(call, index):
                 return self._call(call, index)
             case ChoiceFinished(reason, index):
-                return self._chunk(index, Delta(), render_reason(reason))
+                return self._chunk(index, Delta(), render_reason(reason), tokens=self.held.flush(index))
             case Finished(usage=usage):
                 return self.reply.usage_chunk("chat.completion.chunk", usage)
+            case _:
+                return None
 
     def _call(self, call: ToolCall, index: int) -> bytes | None:
         number = self.num_calls[index]
@@ -118,8 +140,11 @@ class ChatChunks:
         function = CalledFunction(call.name, render_arguments(call))
         return self._chunk(index, Delta(tool_calls=(CallChunk(number, call.id, "function", function),)))
 
-    def _chunk(self, index: int, delta: Delta, finish_reason: str | None = None) -> bytes:
-        choice = ChunkChoice(index, delta, finish_reason=finish_reason)
+    def _chunk(
+        self, index: int, delta: Delta, finish_reason: str | None = None, *, tokens: Sequence[TokenLogprob] = ()
+    ) -> bytes:
+        logprobs = _chat_logprobs(self.reply, tokens) if tokens else None
+        choice = ChunkChoice(index, delta, logprobs, finish_reason)
         return self.reply.chunk("chat.completion.chunk", choice)
 
 
@@ -128,6 +153,8 @@ class CompletionChunks:
     """Chunks of a completion, which knows nothing but text."""
 
     reply: Reply
+    held: HeldTokens = field(default_factory=HeldTokens)
+    num_characters: Counter[int] = field(default_factory=Counter)
 
     def opening(self) -> Iterator[bytes]:
         """Nothing."""
@@ -136,24 +163,33 @@ class CompletionChunks:
     def render(self, event: Event) -> bytes | None:
         """The event's chunk."""
         match event:
-            case TextDelta(text, index):
-                return self._chunk(index, text) if text else None
+            case TextDelta():
+                piece = self.held.release(event)
+                return self._chunk(piece) if piece else None
             case ChoiceFinished(reason, index):
-                return self._chunk(index, "", render_reason(reason))
+                return self._chunk(TextDelta("", index, self.held.flush(index)), render_reason(reason))
             case Finished(usage=usage):
                 return self.reply.usage_chunk("text_completion", usage)
             case _:
                 return None
 
-    def _chunk(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
-        choice = CompletionChoice(index, text, finish_reason=finish_reason)
+    def _chunk(self, piece: TextDelta, finish_reason: str | None = None) -> bytes:
+        index = piece.index
+        logprobs = _completion_logprobs(self.reply, [piece], self.num_characters[index]) if piece.logprobs else None
+        self.num_characters[index] += len(piece.text)
+        choice = CompletionChoice(index, piece.text, logprobs, finish_reason)
         return self.reply.chunk("text_completion", choice)
 
 
 def render_chat(reply: Reply, answer: Answer) -> bytes:
     """The body of a chat completion that is not streamed."""
     choices: list[Choice] = [
-        ChatChoice(index, _message(reply, choice), finish_reason=_reason(choice))
+        ChatChoice(
+            index,
+            _message(reply, choice),
+            _chat_logprobs(reply, [token for piece in choice.pieces for token in piece.logprobs]),
+            _reason(choice),
+        )
         for index, choice in enumerate(answer.choices)
     ]
     return reply.whole("chat.completion", choices, _usage(answer))
@@ -162,10 +198,30 @@ def render_chat(reply: Reply, answer: Answer) -> bytes:
 def render_completion(reply: Reply, answer: Answer) -> bytes:
     """The body of a completion that is not streamed."""
     choices: list[Choice] = [
-        CompletionChoice(index, choice.text, finish_reason=_reason(choice))
-        for index, choice in enumerate(answer.choices)
+        CompletionChoice(index, choice.text, _completion_logprobs(reply, settled(choice.pieces)), _reason(choice))
+        for index, choice in enumerate(_kept(reply, answer))
     ]
     return reply.whole("text_completion", choices, _usage(answer))
+
+
+def _kept(reply: Reply, answer: Answer) -> list[Collected]:
+    """The choices that are shown: of each prompt the likeliest ones, best first, when there are more than asked for."""
+    if reply.best_of == reply.num_kept:
+        return answer.choices
+    prompts = [answer.choices[first : first + reply.best_of] for first in range(0, len(answer.choices), reply.best_of)]
+    return [choice for tried in prompts for choice in sorted(tried, key=_likelihood, reverse=True)[: reply.num_kept]]
+
+
+def _likelihood(choice: Collected) -> float:
+    return mean_logprob(choice.pieces)
+
+
+def _chat_logprobs(reply: Reply, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+    return None if reply.logprobs is None else chat_logprobs(tokens, reply.logprobs)
+
+
+def _completion_logprobs(reply: Reply, pieces: Sequence[TextDelta], offset: int = 0) -> CompletionLogprobs | None:
+    return None if reply.logprobs is None else completion_logprobs(pieces, reply.logprobs, offset=offset)
 
 
 def _message(reply: Reply, choice: Collected) -> MessageReply:
@@ -209,6 +265,7 @@ def render_usage(usage: Usage) -> UsageBody:
         usage.total_tokens,
         PromptDetails(usage.cached_tokens),
         CompletionDetails(usage.thinking_tokens),
+        usage.truncated_tokens or UNSET,
     )
 
 

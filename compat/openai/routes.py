@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,7 +22,7 @@ from compat.body import decode_body
 from compat.openai.batch import generate_all
 from compat.openai.decode import decode_chat, decode_completion
 from compat.openai.errors import ErrorReply, render_error, render_unknown_url, render_wrong_method
-from compat.openai.parse import parse_chat, parse_completion
+from compat.openai.parse import completion_logprobs_of, parse_chat, parse_completion
 from compat.openai.render import (
     ChatChunks,
     Chunks,
@@ -94,7 +95,11 @@ class OpenAIRoutes:
         body = await decode_body(http, self._body_limit_bytes, decode_chat)
         card = await self._services.find(body.model)
         request = parse_chat(body, card, request_id=http.state.request_id, origin=http.state.origin)
-        reply = self._reply("chatcmpl-", body, card, request.num_choices, body.parallel_tool_calls is not False)
+        reply = replace(
+            self._reply("chatcmpl-", body, card, request.num_choices),
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            logprobs=request.logprobs,
+        )
         if request.stream:
             return await self._stream(http, [request], ChatChunks(reply))
         return json_response(render_chat(reply, await self._answer(http, [request])))
@@ -103,8 +108,13 @@ class OpenAIRoutes:
         """`POST /v1/completions`."""
         body = await decode_body(http, self._body_limit_bytes, decode_completion)
         card = await self._services.find(body.model)
-        requests = parse_completion(body, request_id=http.state.request_id, origin=http.state.origin)
-        reply = self._reply("cmpl-", body, card, sum(request.num_choices for request in requests))
+        requests = parse_completion(body, card, request_id=http.state.request_id, origin=http.state.origin)
+        reply = replace(
+            self._reply("cmpl-", body, card, sum(request.num_choices for request in requests)),
+            logprobs=completion_logprobs_of(body),
+            best_of=requests[0].num_choices,
+            num_kept=body.n or 1,
+        )
         if body.stream:
             return await self._stream(http, requests, CompletionChunks(reply), prompt_param="prompt")
         return json_response(render_completion(reply, await self._answer(http, requests)))
@@ -119,9 +129,7 @@ class OpenAIRoutes:
         name: str = http.path_params["model"].removesuffix("/")
         return json_response(encode(render_model(await self._services.find(name), name)))
 
-    def _reply(
-        self, id_prefix: str, body: GenerateBody, card: ModelCard, num_choices: int, parallel_tool_calls: bool = True
-    ) -> Reply:
+    def _reply(self, id_prefix: str, body: GenerateBody, card: ModelCard, num_choices: int) -> Reply:
         return Reply(
             id=id_prefix + secrets.token_hex(16),
             created=int(self._clock()),
@@ -129,7 +137,6 @@ class OpenAIRoutes:
             fingerprint=render_fingerprint(card),
             num_choices=num_choices,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
-            parallel_tool_calls=parallel_tool_calls,
         )
 
     async def _stream(

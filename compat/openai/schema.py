@@ -1,7 +1,7 @@
 """Wire shapes of the OpenAI dialect (`spec/openai.md` sections 1 to 5 and 7): a struct per object, in wire order.
 
 Request fields that may be absent may also be null, which means the same; unknown fields are ignored. Fields that are
-understood only to be refused are typed `Any`. A reply's field that is UNSET does not appear.
+understood only to be refused, or checked elsewhere, are typed `Any`. A reply's field that is UNSET does not appear.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
+MAX_TRIGGERS = 64
 
 _FLOAT32_MAX = 3.4028234663852886e38
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
@@ -20,6 +21,9 @@ Int32 = Annotated[int, Meta(ge=_INT32_MIN, le=_INT32_MAX)]
 Token = Annotated[int, Meta(ge=0, le=_INT32_MAX)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Pattern = Annotated[str, Meta(min_length=1, max_length=2**18)]
+Choices = Annotated[list[Annotated[str, Meta(max_length=2**12)]], Meta(min_length=1, max_length=1024)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"]
 
 
@@ -39,11 +43,34 @@ class ResponseFormatSchema(Struct):
 
 
 class ResponseFormat(Struct):
-    """`response_format`. `schema` beside `type` is llama.cpp's spelling."""
+    """`response_format`. `schema` beside `type` is llama.cpp's spelling; `regex` and `grammar` are ours.
 
-    type: Literal["text", "json_object", "json_schema"]
+    `pattern` is another word for `regex`; `syntax` is the grammar's.
+    """
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: ResponseFormatSchema | None = None
     schema: dict[str, Any] | None = None
+    regex: Pattern | None = None
+    pattern: Pattern | None = None
+    grammar: Pattern | None = None
+    syntax: Literal["gbnf", "lark"] | None = None
+
+
+class StructuredOutputs(Struct):
+    """vLLM's `structured_outputs`: one of these."""
+
+    json: dict[str, Any] | str | None = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = None
+
+
+class GrammarTrigger(Struct):
+    """One of llama.cpp's `grammar_triggers`; `type` is a word, or its number there."""
+
+    type: str | int
+    value: str
 
 
 class GenerateBody(Struct, kw_only=True):
@@ -66,13 +93,38 @@ class GenerateBody(Struct, kw_only=True):
     top_k: Int32 | None = None
     min_p: Fraction | None = None
     typical_p: Fraction | None = None
-    repeat_penalty: Annotated[float, Meta(gt=0, le=_FLOAT32_MAX)] | None = None
+    repeat_penalty: Annotated[float, Meta(ge=1e-6, le=_INT32_MAX)] | None = None
     repeat_last_n: Annotated[int, Meta(ge=-1, le=_INT32_MAX)] | None = None
     json_schema: dict[str, Any] | None = None
     options: dict[str, Any] | None = None
     keep_alive: Any = None
+    grammar: Annotated[str, Meta(max_length=2**18)] | None = None
+    grammar_lazy: bool | None = None
+    grammar_triggers: Annotated[list[str | GrammarTrigger], Meta(max_length=MAX_TRIGGERS)] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+    structured_outputs: StructuredOutputs | None = None
+    n_probs: TopLogprobs | None = None
+    truncate: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    service_tier: Any = None
+    top_n_sigma: Any = None
+    xtc_probability: Any = None
+    xtc_threshold: Any = None
+    dry_multiplier: Any = None
+    dry_base: Any = None
+    dry_allowed_length: Any = None
+    dry_penalty_last_n: Any = None
+    dry_sequence_breakers: Any = None
+    mirostat: Any = None
+    mirostat_tau: Any = None
+    mirostat_eta: Any = None
+    dynatemp_range: Any = None
+    dynatemp_exponent: Any = None
+    ignore_eos: Any = None
     logit_bias: Any = None
-    grammar: Any = None
 
 
 class ImageURL(Struct):
@@ -164,7 +216,7 @@ class ChatBody(GenerateBody, kw_only=True):
     continue_final_message: bool | None = None
     modalities: list[str] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None
@@ -175,9 +227,9 @@ class CompletionBody(GenerateBody, kw_only=True):
 
     prompt: str | list[str | Token | list[Token]] | None = None
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
-    logprobs: bool | int | None = None
+    logprobs: bool | TopLogprobs | None = None
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------
@@ -196,13 +248,47 @@ class CompletionDetails(Struct):
 
 
 class UsageBody(Struct):
-    """`usage`; both details are always present."""
+    """`usage`; both details are always present. `truncated_tokens`, our own, is there when the prompt was cut."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
     completion_tokens_details: CompletionDetails
+    truncated_tokens: int | UnsetType = UNSET
+
+
+class TopTokenBody(Struct):
+    """A likely token; `bytes` tells what `token` cannot where it is half a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenBody(Struct):
+    """A generated token of a chat, and the likeliest ones in its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopTokenBody]
+
+
+class ChatLogprobs(Struct):
+    """`logprobs` of a chat choice."""
+
+    content: list[TokenBody]
+    refusal: None = None
+
+
+class CompletionLogprobs(Struct):
+    """`logprobs` of a completion choice: parallel arrays; offsets count characters of its text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 class CalledFunction(Struct):
@@ -246,7 +332,7 @@ class ChatChoice(Struct):
 
     index: int
     message: MessageReply
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str = "stop"
 
 
@@ -265,7 +351,7 @@ class ChunkChoice(Struct):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -274,7 +360,7 @@ class CompletionChoice(Struct):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
 
 

@@ -12,7 +12,7 @@ from compat.ollama.options import parse_options
 from compat.ollama.parse import parse_chat, parse_generate, parse_unload
 from engines.errors import AccessDenied, BadRequest, HeadwaterError
 from engines.model import ModelCard
-from engines.request import FOREVER, GenerateRequest, LoadOptions, Message, OutputFormat, Sampling, ToolCall
+from engines.request import FOREVER, GenerateRequest, LoadOptions, Message, OutputFormat, Priority, Sampling, ToolCall
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "ls", "parameters": {"type": "object", "properties": {}}}}
@@ -33,7 +33,14 @@ def generate(model: ModelCard | None = None, **fields: Any) -> GenerateRequest:
 def test_a_chat_is_its_messages() -> None:
     """Nothing is made up: the engine's defaults are Ollama's."""
     expected = GenerateRequest(
-        id="req_1", model="m", origin=ORIGIN, messages=(Message("user", "hi"),), truncate=True, stream=True
+        id="req_1",
+        model="m",
+        origin=ORIGIN,
+        messages=(Message("user", "hi"),),
+        truncate=True,
+        shift=True,
+        stream=True,
+        priority=Priority.INTERACTIVE,
     )
     assert chat() == expected
     assert chat(stream=False, truncate=False).stream is False
@@ -140,7 +147,6 @@ def test_what_the_model_cannot_do_is_refused(parse: Any, model: Any, fields: dic
 @pytest.mark.parametrize(
     ("parse", "fields", "what"),
     [
-        (chat, {"logprobs": True}, "logprobs"),
         (generate, {"_debug_render_only": True}, "_debug_render_only"),
         (generate, {"template": "{{ .Prompt }}"}, "template"),
         (generate, {"raw": True, "images": ["QUI="]}, "images"),
@@ -158,9 +164,35 @@ def test_suffix_is_refused_also_where_the_model_knows_it() -> None:
         generate(card("m:latest", "insert"), suffix="x")
 
 
-def test_logprobs_alone_matter() -> None:
+@pytest.mark.parametrize("parse", [chat, generate])
+def test_logprobs_alone_matter(parse: Any) -> None:
     """`top_logprobs` does nothing without them."""
-    assert chat(top_logprobs=20) == chat()
+    assert parse(top_logprobs=20) == parse()
+    assert parse(logprobs=True).logprobs == 0
+    assert parse(logprobs=True, top_logprobs=20).logprobs == 20
+
+
+@pytest.mark.parametrize("parse", [chat, generate])
+@pytest.mark.parametrize(
+    ("family", "said", "shift"),
+    [("llama", None, True), ("deepseek2", None, False), ("deepseek2", True, True), ("llama", False, False)],
+)
+def test_windows_move_on_unless_told_otherwise(parse: Any, family: str, said: Any, shift: bool) -> None:
+    """All families' but one, as in Ollama."""
+    assert parse(card(family=family), shift=said).shift is shift
+
+
+def test_what_is_kept_of_a_prompt_is_said_by_the_request_or_the_model() -> None:
+    """In that order; 4 tokens where nobody says anything."""
+    model = card(parameters={"num_keep": 24})
+    assert (chat().num_keep, chat(model).num_keep) == (4, 24)
+    assert chat(model, options={"num_keep": -1.5}).num_keep == -1
+
+
+@pytest.mark.parametrize(("stream", "priority"), [(True, Priority.INTERACTIVE), (False, Priority.NORMAL)])
+def test_who_streams_reads_along(stream: bool, priority: Priority) -> None:
+    """And goes first."""
+    assert chat(stream=stream).priority is generate(stream=stream).priority is priority
 
 
 @pytest.mark.parametrize(
@@ -243,7 +275,7 @@ def test_numbers_beyond_a_machine_word_are_bounded() -> None:
     assert (sampling.max_tokens, sampling.seed, sampling.temperature) == (2**31 - 1, 2**63 - 1, 2**31 - 1)
     assert (load.num_ctx, load.num_thread, load.num_batch) == (2**31 - 1, 1024, 2**16)
     sampling, load = parse_options(dict.fromkeys(huge, -1e308))
-    assert (sampling.max_tokens, sampling.seed, load.num_ctx, load.num_thread) == (-(2**31), -(2**63), -(2**31), 0)
+    assert (sampling.max_tokens, sampling.seed, load.num_ctx, load.num_thread) == (-(2**31), -(2**63), 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +287,7 @@ def test_numbers_beyond_a_machine_word_are_bounded() -> None:
         ({"temperature": "hot"}, 'option "temperature" must be of type float32'),
         ({"stop": "x"}, 'option "stop" must be of type array'),
         ({"stop": [1]}, 'option "stop" must be of an array of strings'),
+        ({"num_keep": "4"}, 'option "num_keep" must be of type integer'),
     ],
 )
 def test_wrong_options_are_a_server_error(options: dict[str, Any], text: str) -> None:
