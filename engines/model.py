@@ -24,7 +24,8 @@ class ModelCard:
         parameters: the params layer as it is on disk, Ollama option names.
         template: the TEMPLATE layer's text, empty without one. chat_template: the GGUF's Jinja template.
         context_length, embedding_length: what the model was trained with; 0 when unknown.
-        capabilities: a subset of completion, tools, insert, vision, embedding, thinking (`spec/ollama.md` section 9).
+        capabilities: a subset of completion, tools, insert, vision, embedding, rerank and thinking (`spec/ollama.md`
+            section 9).
         namespace: the registry namespace, `library` for official models.
     """
 

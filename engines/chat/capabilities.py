@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 
 from engines.request import JSON
 
-ORDER = ("completion", "tools", "insert", "vision", "embedding", "thinking")
-"""All capabilities that we know, in the order in which they are told."""
+ORDER = ("completion", "tools", "insert", "vision", "embedding", "rerank", "thinking")
+"""All capabilities that we know, in the order in which they are told. Ollama has no word for `rerank`."""
 
 _GO_FIELD = re.compile(r"\.(\w+)")
 _GO_TOOL_ROLE = re.compile(r"""["`]tool["`]""")
@@ -27,15 +27,17 @@ def detect_capabilities(
     template: str,
     chat_template: str,
     has_projector: bool,
+    is_reranker: bool = False,
     declared: Collection[str] = (),
 ) -> tuple[str, ...]:
     """The capabilities of a model in the order of `ORDER`.
 
     `metadata` is the weights' GGUF header, `template` the Go template (empty without one), `chat_template` the GGUF's
-    Jinja template, and `declared` what the model's config claims.
+    Jinja template, and `declared` what the model's config claims. A reranker pools into one score and makes no vectors.
     """
     architecture = metadata.get("general.architecture")
-    found = {"embedding" if f"{architecture}.pooling_type" in metadata else "completion", *declared}
+    is_embedding = f"{architecture}.pooling_type" in metadata
+    found = {"rerank" if is_reranker else "embedding" if is_embedding else "completion", *declared}
     if has_projector or f"{architecture}.vision.block_count" in metadata:
         found.add("vision")
     if prefers_chat_template(template, chat_template):

@@ -1,4 +1,4 @@
-"""llama.cpp's C API as three small objects: Model, Context and Sampler. The only file that imports llama_cpp.
+"""llama.cpp's C API as small objects: Model, Context, EmbeddingContext, Sampler. The only file that imports llama_cpp.
 
 Nothing here schedules or decides; calls are one to one with llama.h of llama-cpp-python 0.3.36. Its one surprise: the
 objects are not thread-safe, and apart from Model's read-only vocabulary calls only the engine's loop thread may use
@@ -28,6 +28,9 @@ from engines.request import Sampling
 
 Logits = npt.NDArray[np.float32]
 """One row of logits, shape (n_vocab,). A view into llama.cpp's buffer: valid until the next decode."""
+
+Vectors = npt.NDArray[np.float32]
+"""One row for each input, shape (inputs, dimensions)."""
 
 _RUN = re.compile(r"\S{4096}|\s{4096}")
 _LONG_TEXT = 16 * 1024
@@ -372,10 +375,127 @@ def fold_seed(seed: int | None) -> int:
 
 def guidance_tokenizer(model: Model) -> LLTokenizer:
     """The vocabulary as llguidance needs it, every token that ends a generation included. Takes about a second."""
-    ends = [token for token in range(model.num_tokens) if model.is_end(token)]
-    return lltokenizer_from_vocab(model.vocab, eos_token=[model.end_token, *ends])
+    return lltokenizer_from_vocab(model.vocab, eos_token=[model.end_token, *model.end_tokens])
 
 
 def version() -> str:
     """The version of the binding, which names the llama.cpp it carries."""
     return str(lib.__version__)
+
+
+class EmbeddingContext:
+    """A context that turns whole inputs into one vector each, many inputs in one batch.
+
+    Every input is a sequence of its own, so none sees another. A batch is computed in one piece (`n_ubatch` is
+    `n_batch`), because pooling does not reach across pieces. An encoder keeps no memory and reads an input in both
+    directions, so an input must be in one batch; a causal model may read one in chunks, batch after batch.
+
+    Args:
+        pooling: llama.h's number, -1 for what the model says.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        pooling: int,
+        num_ctx: int,
+        num_batch: int,
+        num_sequences: int,
+        num_threads: int,
+        flash_attention: bool | None = None,
+    ) -> None:
+        if lib.llama_model_has_encoder(model.handle) and lib.llama_model_has_decoder(model.handle):
+            raise ModelLoadFailed("llama.cpp makes no embeddings with models that have both an encoder and a decoder")
+        params = lib.llama_context_default_params()
+        params.n_ctx = max(num_ctx, num_batch)
+        params.n_batch = params.n_ubatch = num_batch
+        params.n_seq_max = num_sequences
+        params.n_threads = params.n_threads_batch = num_threads
+        params.pooling_type = pooling
+        params.embeddings = params.kv_unified = params.no_perf = True
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise ModelLoadFailed("llama.cpp could not create a context; there may not be enough memory for it")
+        self.num_batch = int(lib.llama_n_batch(self.handle))
+        self.num_sequences = num_sequences
+        self.pooling = int(lib.llama_pooling_type(self.handle))
+        has_scores = self.pooling == lib.LLAMA_POOLING_TYPE_RANK
+        size = lib.llama_model_n_cls_out if has_scores else lib.llama_model_n_embd_out
+        self.num_dimensions = int(size(model.handle))
+        self._memory = lib.llama_get_memory(self.handle)
+        has_encoder = bool(lib.llama_model_has_encoder(model.handle))
+        self.can_split = bool(self._memory) and not has_encoder and bool(lib.llama_get_causal_attn(self.handle))
+        self._compute = lib.llama_encode if has_encoder else lib.llama_decode
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        """A batch over our own arrays, so that filling it is a few slice assignments and freeing it nothing."""
+        size = self.num_batch
+        self._token, self._pos, self._seq = (np.zeros(size, np.int32) for _ in range(3))
+        self._num_seq, self._wants_output = np.ones(size, np.int32), np.ones(size, np.int8)
+        self._seq_addresses = self._seq.ctypes.data + np.arange(size, dtype=np.uintp) * np.uintp(self._seq.itemsize)
+        int32, address = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
+        self._batch = lib.llama_batch(
+            token=self._token.ctypes.data_as(int32),
+            pos=self._pos.ctypes.data_as(int32),
+            n_seq_id=self._num_seq.ctypes.data_as(int32),
+            seq_id=self._seq_addresses.ctypes.data_as(address),
+            logits=self._wants_output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        self._count = 0
+
+    def close(self) -> None:
+        """Free the context."""
+        if self.handle:
+            lib.llama_free(self.handle)
+            self.handle = None
+
+    def clear(self) -> None:
+        """Forget every sequence and start a new batch."""
+        self.clear_batch()
+        if self._memory:
+            lib.llama_memory_clear(self._memory, False)
+
+    def clear_batch(self) -> None:
+        """Start a new batch, which may go on with a sequence where `can_split` allows it."""
+        self._count = 0
+
+    def add(self, sequence: int, tokens: Sequence[int], position: int = 0) -> None:
+        """Append `tokens` to a sequence, the first at `position`."""
+        start, end = self._count, self._count + len(tokens)
+        self._token[start:end] = tokens
+        self._pos[start:end] = np.arange(position, position + len(tokens), dtype=np.int32)
+        self._seq[start:end] = sequence
+        self._count = end
+
+    def compute(self, num_sequences: int) -> Vectors:
+        """Compute the batch; one row for each of the sequences 0 to `num_sequences`.
+
+        Raises:
+            DecodeFailed: the context can no longer be trusted.
+        """
+        self._batch.n_tokens = self._count
+        status = self._compute(self.handle, self._batch)
+        if status != 0:
+            raise DecodeFailed(f"llama.cpp returned {status} for a batch of {self._count} tokens")
+        vectors = np.empty((num_sequences, self.num_dimensions), np.float32)
+        start, row_bytes = vectors.ctypes.data, vectors.strides[0]
+        for sequence in range(num_sequences):
+            source = lib.llama_get_embeddings_seq(self.handle, sequence)
+            if not source:
+                raise DecodeFailed("llama.cpp pooled nothing")
+            ctypes.memmove(start + sequence * row_bytes, source, row_bytes)
+        return vectors
+
+
+def rerank_joints(model: Model) -> tuple[list[int], list[int], list[int]]:
+    """The special tokens before a query, between it and a document, and after that, where the vocabulary wants them."""
+    sep = int(lib.llama_vocab_sep(model.vocab))
+    end = int(lib.llama_vocab_eos(model.vocab))
+    end = end if end >= 0 else sep
+    closing = [end] if lib.llama_vocab_get_add_eos(model.vocab) else []
+    separator = [sep] if lib.llama_vocab_get_add_sep(model.vocab) else []
+    return [int(lib.llama_vocab_bos(model.vocab))] if model.adds_bos else [], [*closing, *separator], closing

@@ -20,7 +20,7 @@ from engines.errors import GGUFParseError
 from engines.model import ModelCard
 from engines.request import JSON, Message
 from engines.store.blobs import blob_path, read_bounded
-from engines.store.gguf import GGUFHeader, read_header
+from engines.store.gguf import RANKING_HEAD, GGUFHeader, Pooling, read_header
 from engines.store.manifests import Layer, ModelConfig, decode_json, manifest_path, read_config, read_manifest
 from engines.store.names import ModelName
 
@@ -126,6 +126,7 @@ def _with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None)
         template=card.template,
         chat_template=chat_template,
         has_projector=bool(card.projectors),
+        is_reranker=known.pooling is Pooling.RANK,
         declared=config.capabilities,
     )
     return dataclasses.replace(
@@ -143,11 +144,12 @@ def _with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None)
 
 @lru_cache(maxsize=1024)
 def _header(weights: FileState) -> GGUFHeader | None:
-    """The header without arrays and tensors, which are what makes it large; None for damaged weights."""
+    """The header without arrays and most tensors, which are what makes it large; None for damaged weights."""
     try:
-        return dataclasses.replace(read_header(weights.path, arrays=False), tensors=())
+        header = read_header(weights.path, arrays=False)
     except GGUFParseError:
         return None
+    return dataclasses.replace(header, tensors=tuple(t for t in header.tensors if t.name in RANKING_HEAD))
 
 
 def _read_texts(models: Path, layers: Iterable[Layer]) -> dict[str, list[str]]:

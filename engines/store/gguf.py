@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,9 @@ from engines.store.gguf_types import FILE_TYPES, TENSOR_TYPES, UNKNOWN_TENSOR_TY
 
 MAX_HEADER_BYTES = 64 << 20
 """Far above any real header: a model with 262 000 tokens and their merges needs some 15 MB."""
+
+RANKING_HEAD = ("cls.weight", "cls.output.weight")
+"""Tensors of a classification head (llama-arch.cpp, LLM_TENSOR_CLS and LLM_TENSOR_CLS_OUT)."""
 
 _MAX_NAME_BYTES = 65535  # of a key (GGUF specification); tensor names are far shorter
 _MAX_DIMS = 4  # ggml.h GGML_MAX_DIMS
@@ -47,6 +51,17 @@ _SCALARS = {
 }
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _U32, _U64 = _SCALARS[4], _SCALARS[10]
+
+
+class Pooling(IntEnum):
+    """How the tokens of an input become one vector (llama.h, llama_pooling_type)."""
+
+    UNSAID = -1
+    NONE = 0
+    MEAN = 1
+    CLS = 2
+    LAST = 3
+    RANK = 4  # one score, from a classification head
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,14 @@ class GGUFHeader:
                 number = self.num_parameters / size
                 return f"{number:.{0 if number.is_integer() else digits}f}{unit}"
         return str(self.num_parameters)
+
+    @property
+    def pooling(self) -> Pooling:
+        """How the model pools. Many rerankers do not say what they are, but their head does; llama-server is told."""
+        said = self.metadata.get(f"{self.architecture}.pooling_type", Pooling.UNSAID)
+        if said == Pooling.UNSAID and any(tensor.name in RANKING_HEAD for tensor in self.tensors):
+            return Pooling.RANK
+        return next((pooling for pooling in Pooling if pooling == said), Pooling.UNSAID)
 
     def count(self, name: str) -> int:
         """The architecture's own number of that name, such as `context_length`; 0 where there is none."""

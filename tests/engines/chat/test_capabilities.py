@@ -41,6 +41,13 @@ def test_the_demo_can_think_and_call_tools() -> None:
     )
 
 
+def test_a_reranker_gives_scores_and_no_vectors() -> None:
+    """It pools, but into one number, so it is of no use for embedding."""
+    metadata = {"general.architecture": "bert", "bert.pooling_type": 4}
+    found = detect_capabilities(metadata, template="", chat_template="", has_projector=False, is_reranker=True)
+    assert found == ("rerank",)
+
+
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
