@@ -105,6 +105,7 @@ class EngineStats:
 
     Attributes:
         num_ctx: window of one request. num_cells: KV cells in all.
+        load_progress: from 0 to 1 while a model is being loaded.
     """
 
     num_ctx: int = 0
@@ -112,6 +113,7 @@ class EngineStats:
     num_free_cells: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    load_progress: float = 0.0
     totals: dict[str, float] = field(default_factory=dict)
 
 

@@ -15,6 +15,8 @@ KEPT_SEQUENCES = 32
 """Slots beyond those that run, for prefixes of finished requests."""
 
 MAX_SLOTS = 256  # llama-cparams.h LLAMA_MAX_SEQ
+MAX_BATCH = 8192
+"""Tokens of a step beyond which nothing is won and everyone waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
     num_ctx = _window(config.context_size, trained)
     num_cells = num_ctx * max(config.num_parallel, 1)
     num_slots = min(max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES), MAX_SLOTS)
-    return Layout(num_ctx, num_cells, num_slots, max(min(config.num_batch, num_cells), num_slots))
+    num_batch = max(min(config.num_batch, num_cells, MAX_BATCH), num_slots)
+    return Layout(num_ctx, num_cells, num_slots, num_batch)
 
 
 def _window(asked: int | None, trained: int) -> int:
