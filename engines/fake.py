@@ -1,6 +1,7 @@
 """A deterministic engine without weights, with settable load time and speed, for studying everything around an engine.
 
-It answers with the words of the last message (or of the prompt), one token a word, at `tokens_per_s`. A "model" is a
+It answers with the words of the last message (or of the prompt), one token a word, at `tokens_per_s`. A text's vector
+is made of its words and nothing else, and a document scores by the words that it shares with the query. A "model" is a
 small JSON file: `{"load_s": 0.0, "tokens_per_s": 1000, "num_ctx": 4096, "fail": "", "crash_after": null}`, every key
 optional. `fail` makes the load fail with that text; `crash_after` ends the process after so many tokens. Timing is
 honest: several requests share nothing, as on a machine with cores to spare.
@@ -9,17 +10,25 @@ honest: several requests share nothing, as on a machine with cores to spare.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from engines.errors import Cancelled, ModelLoadFailed, ModelNotFound, PromptTooLong
-from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Timings, Usage
+from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Timings, Usage, Vector
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
-from engines.request import GenerateRequest
+from engines.request import EmbedRequest, GenerateRequest, RerankRequest
+
+T = TypeVar("T")
+
+NUM_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,87 @@ class FakeEngine(InferenceBackend):
         if prompt_tokens >= self._model.num_ctx:
             raise PromptTooLong(prompt_tokens, self._model.num_ctx)
         return FakeGeneration(self, self._model, request, text.split(), prompt_tokens)
+
+    async def embed(self, request: EmbedRequest) -> FakeComputation[Sequence[Vector[float]]]:
+        """Admit inputs whose words, or token ids, fit the window or may be cut."""
+        inputs = self._fit([_words(each) for each in request.inputs], truncate=request.truncate)
+        dimensions = request.dimensions or NUM_DIMENSIONS
+        return FakeComputation(self, inputs, [_vector(words, dimensions) for words in inputs])
+
+    async def rerank(self, request: RerankRequest) -> FakeComputation[Sequence[float]]:
+        """Admit documents whose words fit the window or may be cut."""
+        query = request.query.split()
+        documents = [each.split()[: request.max_document_tokens] for each in request.documents]
+        documents = self._fit(documents, truncate=request.truncate)
+        scores = [float(len({*query} & {*words})) for words in documents]
+        return FakeComputation(self, [[*query, *words] for words in documents], scores)
+
+    def _fit(self, inputs: list[list[str]], *, truncate: bool) -> list[list[str]]:
+        self._require_loaded()
+        assert self._model is not None
+        num_ctx = self._model.num_ctx
+        longest = max(map(len, inputs), default=0)
+        if longest > num_ctx and not truncate:
+            raise PromptTooLong(longest, num_ctx)
+        return [words[:num_ctx] for words in inputs]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The loaded model's pace."""
+        assert self._model is not None
+        return self._model.tokens_per_s
+
+
+def _words(text: str | tuple[int, ...]) -> list[str]:
+    return text.split() if isinstance(text, str) else [str(token) for token in text]
+
+
+def _vector(words: list[str], dimensions: int) -> Vector[float]:
+    """As random as the words' hash, and of length 1."""
+    digest = hashlib.sha256(" ".join(words).encode("utf-8", "replace")).digest()
+    numbers = [byte / 127.5 - 1 for byte in digest[: min(dimensions, NUM_DIMENSIONS)]]
+    length = math.sqrt(sum(number * number for number in numbers))
+    return array("f", (number / length for number in numbers))
+
+
+class FakeComputation(Generic[T]):
+    """A result that is known at once and told at the model's pace."""
+
+    def __init__(self, engine: FakeEngine, inputs: list[list[str]], result: T) -> None:
+        self._num_tokens = sum(map(len, inputs))
+        self._duration_s = max(self._num_tokens, 1) / engine.tokens_per_s
+        self._result = result
+        self._started = time.monotonic()
+        self._ended = 0.0
+        self._is_done = False
+        self._closed = asyncio.Event()
+
+    @property
+    def usage(self) -> Usage:
+        """The words that there has been time for."""
+        if self._is_done:
+            return Usage(prompt_tokens=self._num_tokens)
+        return Usage(prompt_tokens=int(self._num_tokens * min(self.timings.prefill_s / self._duration_s, 1.0)))
+
+    @property
+    def timings(self) -> Timings:
+        """Time since admission, all of it prefill."""
+        elapsed = (self._ended or time.monotonic()) - self._started
+        return Timings(prefill_s=elapsed, total_s=elapsed)
+
+    async def result(self) -> T:
+        """Wait as long as it takes, then tell."""
+        try:
+            await asyncio.wait_for(self._closed.wait(), max(self._duration_s - self.timings.prefill_s, 0.0))
+        except TimeoutError:
+            self._is_done = True
+            return self._result
+        raise Cancelled
+
+    async def aclose(self) -> None:
+        """Stop the clock."""
+        self._ended = self._ended or time.monotonic()
+        self._closed.set()
 
 
 class FakeGeneration:

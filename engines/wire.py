@@ -22,6 +22,7 @@ from engines.errors import (
     PromptTooLong,
     ServerBusy,
     TemplateError,
+    UnsupportedCapability,
     UnsupportedFeature,
     WorkerCrashed,
     WrongModel,
@@ -285,7 +286,7 @@ def _decode_format(plain: Mapping[str, Any] | None) -> OutputFormat | None:
 
 def encode_event(event: Event, usage: Usage) -> bytes:
     """One SSE frame; `usage` is what the request has cost up to it."""
-    chunk: dict[str, JSON] = {"choices": [], "usage": _encode_usage(usage)}
+    chunk: dict[str, JSON] = {"choices": [], "usage": encode_usage(usage)}
     match event:
         case TextDelta(text, index, logprobs):
             chunk["choices"] = [_choice(index, {"content": text}, logprobs=logprobs)]
@@ -298,7 +299,7 @@ def encode_event(event: Event, usage: Usage) -> bytes:
         case ChoiceFinished(reason, index):
             chunk["choices"] = [_choice(index, {}, reason.value)]
         case Finished(reason, usage, timings, tokens):
-            chunk |= {"usage": _encode_usage(usage), "timings": _encode_timings(timings, usage)}
+            chunk |= {"usage": encode_usage(usage), "timings": encode_timings(timings, usage)}
             chunk |= {"reason": reason.value, "tokens": list(tokens)}
     return b"data: " + _encode(chunk) + b"\n\n"
 
@@ -333,7 +334,8 @@ def _decode_logprobs(plain: Sequence[Mapping[str, Any]]) -> tuple[TokenLogprob, 
     )
 
 
-def _encode_usage(usage: Usage) -> dict[str, JSON]:
+def encode_usage(usage: Usage) -> dict[str, JSON]:
+    """Usage as a chunk, a reply or a cancel reply carries it."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -357,7 +359,8 @@ def decode_usage(plain: Mapping[str, Any]) -> Usage:
     )
 
 
-def _encode_timings(timings: Timings, usage: Usage) -> dict[str, JSON]:
+def encode_timings(timings: Timings, usage: Usage) -> dict[str, JSON]:
+    """Timings in llama-server's form."""
     return {
         "prompt_n": usage.prompt_tokens - usage.cached_tokens,
         "cached_n": usage.cached_tokens,
@@ -381,7 +384,7 @@ def decode_timings(plain: Mapping[str, Any]) -> Timings:
 
 def encode_cost(usage: Usage, timings: Timings) -> bytes:
     """The reply to a cancel: what the request has cost."""
-    return _encode({"usage": _encode_usage(usage), "timings": _encode_timings(timings, usage)})
+    return _encode({"usage": encode_usage(usage), "timings": encode_timings(timings, usage)})
 
 
 def decode_cost(data: bytes) -> tuple[Usage, Timings]:
@@ -439,6 +442,8 @@ def encode_error(error: HeadwaterError) -> bytes:
     detail: dict[str, JSON] = {"message": error.message, "type": "worker_error", "param": None, "code": error.code}
     if isinstance(error, BadRequest):
         detail |= {"param": error.param, "reason": error.reason}
+    if isinstance(error, UnsupportedCapability):
+        detail |= {"model": error.model, "capabilities": error.capabilities}
     if isinstance(error, PromptTooLong):
         detail |= {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.num_ctx}
     return _encode({"error": detail})
@@ -451,6 +456,8 @@ def decode_error(detail: Mapping[str, Any]) -> HeadwaterError:
     match detail.get("code"):
         case PromptTooLong.code:
             return PromptTooLong(int(detail["n_prompt_tokens"]), int(detail["n_ctx"]))
+        case UnsupportedCapability.code:
+            return UnsupportedCapability(detail["model"], *detail["capabilities"])
         case UnsupportedFeature.code:
             return UnsupportedFeature(message, param=param)
         case TemplateError.code:

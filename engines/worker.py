@@ -16,8 +16,9 @@ import signal
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import uvicorn
@@ -28,10 +29,24 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from engines.errors import HeadwaterError, WrongModel
-from engines.inference import Generation, InferenceBackend, LoadConfig
+from engines.events import Timings, Usage
+from engines.inference import Computation, Generation, InferenceBackend, LoadConfig, Work
+from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
 from engines.wire import DONE, ORIGIN_HEADER, REQUEST_ID_HEADER, decode_request, encode_cost, encode_error, encode_event
+from engines.wire_vectors import (
+    EMBED_PATH,
+    RERANK_PATH,
+    decode_embed,
+    decode_rerank,
+    encode_embeddings,
+    encode_ranking,
+)
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+W = TypeVar("W", bound=Work)
+R = TypeVar("R", GenerateRequest, EmbedRequest, RerankRequest)
 
 EXIT_LOAD_FAILED = 3
 LOAD_ERROR_PREFIX = "load failed: "
@@ -48,7 +63,7 @@ class Worker:
     def __init__(self, engine: InferenceBackend, names: frozenset[str]) -> None:
         self._engine = engine
         self._names = names
-        self._running: dict[str, asyncio.Future[Generation]] = {}
+        self._running: dict[str, asyncio.Future[Work]] = {}
         self._costs: OrderedDict[str, bytes] = OrderedDict()  # of the requests that ended last
 
     def app(self) -> Starlette:
@@ -59,6 +74,8 @@ class Worker:
                 Route("/metrics", self.metrics),
                 Route("/v1/chat/completions", self.generate, methods=["POST"]),
                 Route("/v1/completions", self.generate, methods=["POST"]),
+                Route(EMBED_PATH, self.embed, methods=["POST"]),
+                Route(RERANK_PATH, self.rerank, methods=["POST"]),
                 Route("/cancel/{id}", self.cancel, methods=["POST"]),
             ],
             exception_handlers={HeadwaterError: _error_response},
@@ -76,26 +93,58 @@ class Worker:
 
     async def generate(self, http: Request) -> Response:
         """Admit a request and stream its events; refusals are real statuses."""
-        request = decode_request(
-            await http.body(), id=http.headers.get(REQUEST_ID_HEADER, ""), surface=http.headers.get(ORIGIN_HEADER, "")
-        )
+        request = decode_request(await http.body(), **_named(http))
+        generation = await self._admit(request, self._engine.generate)
+        return _Streaming(generation, on_end=lambda: self._end(request.id, generation))
+
+    async def embed(self, http: Request) -> Response:
+        """Admit a request and answer with its vectors."""
+        request = decode_embed(await http.body(), **_named(http))
+        computation = await self._admit(request, self._engine.embed)
+        return await self._compute(http, request.id, computation, encode_embeddings)
+
+    async def rerank(self, http: Request) -> Response:
+        """Admit a request and answer with its scores."""
+        request = decode_rerank(await http.body(), **_named(http))
+        computation = await self._admit(request, self._engine.rerank)
+        return await self._compute(http, request.id, computation, encode_ranking)
+
+    async def _admit(self, request: R, admit: Callable[[R], Awaitable[W]]) -> W:
+        """Let the engine take in a request, which can be cancelled from now on."""
         if request.model not in self._names:
             raise WrongModel(request.model, min(self._names))
-        admitted: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        admitted: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
         self._running[request.id] = admitted
         try:
-            generation = await self._engine.generate(request)
+            work = await admit(request)
         except BaseException:
             self._running.pop(request.id, None)
             admitted.cancel()
             raise
-        admitted.set_result(generation)
-        return _Streaming(generation, on_end=lambda: self._end(request.id, generation))
+        admitted.set_result(work)
+        return work
 
-    def _end(self, request_id: str, generation: Generation) -> None:
+    async def _compute(
+        self,
+        http: Request,
+        request_id: str,
+        computation: Computation[T],
+        encode: Callable[[T, Usage, Timings], bytes],
+    ) -> Response:
+        """The computation's result, unless the caller hangs up: then it is cancelled."""
+        leaving = asyncio.ensure_future(_cancel_when_left(http, computation))
+        try:
+            result = await computation.result()
+            return Response(encode(result, computation.usage, computation.timings), media_type="application/json")
+        finally:
+            leaving.cancel()
+            await asyncio.shield(asyncio.ensure_future(computation.aclose()))
+            self._end(request_id, computation)
+
+    def _end(self, request_id: str, work: Work) -> None:
         """Remember what a request has cost: the question may come when it is already over."""
         self._running.pop(request_id, None)
-        self._costs[request_id] = encode_cost(generation.usage, generation.timings)
+        self._costs[request_id] = encode_cost(work.usage, work.timings)
         if len(self._costs) > MAX_COSTS:
             self._costs.popitem(last=False)
 
@@ -106,9 +155,9 @@ class Worker:
         if admitted is not None:
             await asyncio.wait({admitted})
             if not admitted.cancelled():
-                generation = admitted.result()
-                await generation.aclose()
-                return Response(encode_cost(generation.usage, generation.timings), media_type="application/json")
+                work = admitted.result()
+                await work.aclose()
+                return Response(encode_cost(work.usage, work.timings), media_type="application/json")
         cost = self._costs.get(request_id)
         return Response(cost, media_type="application/json") if cost else Response(status_code=404)
 
@@ -135,6 +184,18 @@ class _Streaming(StreamingResponse):
             yield b"data: " + DONE + b"\n\n"
         except HeadwaterError as error:
             yield b"data: " + encode_error(error) + b"\n\n"
+
+
+def _named(http: Request) -> dict[str, str]:
+    """What a request's headers say of it."""
+    return {"id": http.headers.get(REQUEST_ID_HEADER, ""), "surface": http.headers.get(ORIGIN_HEADER, "")}
+
+
+async def _cancel_when_left(http: Request, work: Work) -> None:
+    """`http`'s body must have been read: what comes next is the hang-up."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    await work.aclose()
 
 
 async def _error_response(http: Request, error: Exception) -> Response:
@@ -172,13 +233,17 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def make_engine(name: str) -> InferenceBackend:
+def make_engine(name: str, mode: Mode) -> InferenceBackend:
     """The engine of that name. Only the one that is asked for is imported."""
     if name == "fake":
         from engines.fake import FakeEngine  # noqa: PLC0415  # no other engine's libraries
 
         return FakeEngine()
-    from engines.llamacpp.engine import LlamaCppEngine  # noqa: PLC0415  # the fake must not load llama.cpp
+    if mode is not Mode.COMPLETION:
+        from engines.llamacpp.embedding import EmbeddingEngine  # noqa: PLC0415  # the fake must not load llama.cpp
+
+        return EmbeddingEngine(mode, on_failure=lambda error: os._exit(1))
+    from engines.llamacpp.engine import LlamaCppEngine  # noqa: PLC0415  # as above
 
     return LlamaCppEngine(on_failure=lambda error: os._exit(1))
 
@@ -218,6 +283,7 @@ def main() -> None:
     """Entry point of `python -m engines.worker`."""
     parser = argparse.ArgumentParser(prog="engines.worker", description="serve one model on a Unix socket")
     parser.add_argument("--engine", choices=["llamacpp", "fake"], default="llamacpp")
+    parser.add_argument("--mode", type=Mode, choices=list(Mode), default=Mode.COMPLETION)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--name", action="append", required=True, help="a name that means this model; repeatable")
@@ -227,7 +293,9 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     config = LoadConfig(**args.config | {"gpu_ids": tuple(args.config.get("gpu_ids", ()))})
     args.socket.unlink(missing_ok=True)
-    status = asyncio.run(serve(make_engine(args.engine), args.socket, args.model, config, frozenset(args.name)))
+    status = asyncio.run(
+        serve(make_engine(args.engine, args.mode), args.socket, args.model, config, frozenset(args.name))
+    )
     args.socket.unlink(missing_ok=True)
     sys.exit(status)
 

@@ -17,7 +17,8 @@ FLOORS = ("engines", "compat", "gateway", "migrations")
 RECIPES = ROOT / "engines/store/demo"  # how the demo model was made; no part of the program
 
 VOCABULARY = ("engines.request", "engines.events", "engines.errors", "engines.options", "engines.model")
-HOUSE = ("compat.*", "engines.backend", "engines.wire", "engines.store.*", "engines.chat.*", *VOCABULARY)
+WIRE = ("engines.wire", "engines.wire_vectors")
+HOUSE = ("compat.*", "engines.backend", *WIRE, "engines.store.*", "engines.chat.*", *VOCABULARY)
 """What the gateway builds on: nothing that runs a model in this process."""
 
 
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 TABLE = [
     Row(VOCABULARY, VOCABULARY),
     Row(("engines.process", "engines.backend", "engines.inference"), VOCABULARY),
-    Row(("engines.wire",), VOCABULARY, ("msgspec",)),
+    Row(WIRE, ("engines.wire", *VOCABULARY), ("msgspec",)),
     Row(("engines.fake",), ("engines.inference", *VOCABULARY)),
     Row(("engines.worker",), ("engines.*",), ("psutil", "starlette", "uvicorn")),
     Row(("engines.store.*",), ("engines.store.*", "engines.chat.capabilities", *VOCABULARY), ("msgspec",)),
@@ -48,7 +49,7 @@ TABLE = [
             "engines.store.gguf",
             *VOCABULARY,
         ),
-    ),  # fmt: skip
+    ),
     Row(
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.llamacpp.memory"),
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.inference", "engines.store.*", *VOCABULARY),

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engines.backend import Backend, BackendConfiguration, RequiredMemory
-from engines.errors import ModelLoadFailed, UnsupportedFeature, WorkerCrashed
+from engines.errors import ModelLoadFailed, WorkerCrashed
 from engines.inference import LoadConfig
 from engines.process import ProcessExited, run_process
 from engines.request import Mode
@@ -45,9 +45,7 @@ class LlamaCppBackend(Backend):
         self, socket: Path, model: str, model_ref: str, mode: Mode, config: BackendConfiguration | None = None
     ) -> None:
         """Run a worker process until cancelled."""
-        if mode is not Mode.COMPLETION:
-            raise UnsupportedFeature(f"the llama.cpp backend does not serve {mode} yet")
-        argv = [sys.executable, "-m", "engines.worker", "--engine", self._engine]
+        argv = [sys.executable, "-m", "engines.worker", "--engine", self._engine, "--mode", mode]
         argv += ["--socket", str(socket), "--model", str(self._locate(model)), "--name", model, "--name", model_ref]
         argv += ["--config", json.dumps(asdict(_load_config(config or BackendConfiguration())))]
         try:

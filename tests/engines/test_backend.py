@@ -19,7 +19,7 @@ import pytest
 from processes import eventually, is_alive
 
 from engines.backend import BackendConfiguration
-from engines.errors import ModelLoadFailed, UnsupportedFeature, WorkerCrashed
+from engines.errors import ModelLoadFailed, WorkerCrashed
 from engines.llamacpp.backend import LlamaCppBackend
 from engines.request import Mode
 
@@ -52,9 +52,11 @@ def children() -> list[int]:
 
 
 @asynccontextmanager
-async def running(backend: LlamaCppBackend, socket: Path, **options: Any) -> AsyncIterator[Run]:
+async def running(
+    backend: LlamaCppBackend, socket: Path, mode: Mode = Mode.COMPLETION, **options: Any
+) -> AsyncIterator[Run]:
     """A backend's run, cancelled at the end, with a client on its socket."""
-    run = asyncio.create_task(backend.run(socket, DIGEST, "demo:latest", Mode.COMPLETION, **options))
+    run = asyncio.create_task(backend.run(socket, DIGEST, "demo:latest", mode, **options))
     try:
         async with httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(socket)), base_url="http://worker", timeout=PATIENCE_S
@@ -165,10 +167,11 @@ async def test_a_stale_socket_is_no_obstacle(tmp_path: Path, socket: Path) -> No
         assert await status_of(run, client, lambda status: status > 0) in (200, 503)
 
 
-async def test_modes_that_it_cannot_serve_are_refused(tmp_path: Path, socket: Path) -> None:
-    """Before a process is started."""
-    with pytest.raises(UnsupportedFeature):
-        await backend(tmp_path).run(socket, DIGEST, "demo", Mode.RERANKING)
+@pytest.mark.parametrize("mode", [Mode.EMBEDDING, Mode.RERANKING])
+async def test_it_serves_vectors_and_scores_too(tmp_path: Path, socket: Path, mode: Mode) -> None:
+    """A worker serves one mode, and every mode has workers."""
+    async with running(backend(tmp_path), socket, mode=mode) as (run, client):
+        assert await status_of(run, client, lambda status: status == 200) == 200
 
 
 @pytest.mark.parametrize(
