@@ -18,7 +18,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks decode
+	$(BIN)/python -m benchmarks all
 
 $(VENV)/.serve: pyproject.toml
 	@./install.sh $(PYTHON) $(VENV) .

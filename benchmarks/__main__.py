@@ -1,70 +1,118 @@
-"""`python -m benchmarks SCENARIO`: one command for each scenario."""
+"""`python -m benchmarks all`, or one scenario: Headwater beside whatever else is given, in one run and one table."""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from benchmarks.decode import DecodeOptions, measure_decode
+from benchmarks.arrival import ARRIVAL
+from benchmarks.clients import CLIENTS
+from benchmarks.decode import DECODE
+from benchmarks.embeddings import EMBEDDINGS
+from benchmarks.flood import FLOOD
+from benchmarks.growth import GROWTH
+from benchmarks.hop import HOP
+from benchmarks.loading import LOADING
 from benchmarks.models import OUT, SHAPES, ensure_model
-from benchmarks.report import print_decode, print_soak, save_decode
-from benchmarks.server import run_server
-from benchmarks.soak import soak
+from benchmarks.prefix import PREFIX
+from benchmarks.report import Found, missed, print_found, save_found
+from benchmarks.restart import RESTART
+from benchmarks.scenario import NUMBERS, Bench, Sample, Scenario
+from benchmarks.short import SHORT
+from benchmarks.targets import Headwater, LlamaServer, Ollama, PythonServer, Target
 
-DEMO = Path(__file__).parent.parent / "engines" / "store" / "demo" / "demo.gguf"
+SCENARIOS = (DECODE, CLIENTS, PREFIX, ARRIVAL, FLOOD, SHORT, EMBEDDINGS, LOADING, GROWTH, RESTART, HOP)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure Headwater beside llama.cpp alone.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure Headwater beside llama.cpp and others.")
 
-
-@app.command()
-def decode(
-    clients: Annotated[str, typer.Option(help="Numbers of concurrent clients, separated by commas.")] = "1,8",
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 128,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, the template's not counted.")] = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 3,
-    hops: Annotated[int, typer.Option(min=0, help="Requests each way for the gateway hop; 0 leaves it out.")] = 200,
-    shape: Annotated[str, typer.Option(help=f"The model's shape: {', '.join(SHAPES)}.")] = "qwen2.5-0.5b",
-) -> None:
-    """Decode throughput through the gateway and without it, and what the gateway's hop adds."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"expected one of {', '.join(SHAPES)}", param_hint="--shape")
-    options = DecodeOptions(_parse_clients(clients), tokens, prompt, repeat, hops)
-    console = Console()
-    with console.status("writing the model") as status:
-        weights = ensure_model(SHAPES[shape])
-        result = measure_decode(weights, options, status.update)
-    print_decode(result, options, console)
-    for path in save_decode(result, options, weights, OUT):
-        console.print(f"written: {path}")
+LlamaServerPath = Annotated[
+    Path | None, typer.Option(envvar="LLAMA_SERVER", exists=True, dir_okay=False, help="llama-server's binary.")
+]
+LlamaServerFlags = Annotated[str, typer.Option(help="Further flags of llama-server.")]
+PythonPath = Annotated[
+    Path | None,
+    typer.Option(envvar="LLAMA_CPP_PYTHON", exists=True, help="A Python that has llama-cpp-python[server]."),
+]
+OllamaUrl = Annotated[str, typer.Option(envvar="OLLAMA_URL", help="Address of an Ollama that runs.")]
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help=f"Models: {', '.join(SHAPES)}; repeatable.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; the median of their ratios counts.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Miniature models and small numbers: does it run?")]
+Out = Annotated[Path, typer.Option(help="Where models and results are kept.")]
 
 
-@app.command("soak")
-def run_soak(
-    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 10_000,
-    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 16,
-    leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that hang up early.")] = 0.2,
-) -> None:
-    """Mixed load on the demo model: exits with 1 when a request, a token or a KV cell is unaccounted for."""
-    console = Console()
-    with run_server({"soak": DEMO}) as server:
-        result = asyncio.run(soak(server, "soak", num_requests=requests, num_clients=clients, leaving=leaving))
-    print_soak(result, console)
-    if result.problems:
-        raise typer.Exit(1)
+def _command(scenarios: Sequence[Scenario]) -> Callable[..., None]:
+    """The command that runs these."""
+
+    def run(
+        llama_server: LlamaServerPath = None,
+        llama_server_flags: LlamaServerFlags = "",
+        llama_cpp_python: PythonPath = None,
+        ollama: OllamaUrl = "",
+        shape: Shapes = None,
+        rounds: Rounds = 3,
+        quick: Quick = False,
+        out: Out = OUT,
+    ) -> None:
+        targets: list[Target] = [Headwater()]
+        targets += [LlamaServer(llama_server, llama_server_flags)] if llama_server else []
+        targets += [PythonServer(llama_cpp_python)] if llama_cpp_python else []
+        targets += [Ollama(ollama)] if ollama else []
+        bench = Bench(targets, rounds=1 if quick else rounds, quick=quick, directory=out)
+        if shape:
+            bench.shapes = _known(shape)
+        console = Console()
+        found = run_scenarios(scenarios, bench, console)
+        print_found(found, bench.flags, bench.rounds, console)
+        options = {"rounds": bench.rounds, "quick": quick, "shapes": list(bench.shapes)}
+        for path in save_found(found, bench.flags, options, out):
+            console.print(f"written: {path}", highlight=False)
+        if any(one.failures for one in found) or missed(found):
+            raise typer.Exit(1)
+
+    return run
 
 
-def _parse_clients(text: str) -> tuple[int, ...]:
-    try:
-        clients = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        clients = ()
-    if not clients or min(clients) < 1:
-        raise typer.BadParameter("expected numbers such as 1,8", param_hint="--clients")
-    return clients
+def run_scenarios(scenarios: Sequence[Scenario], bench: Bench, console: Console) -> list[Found]:
+    """Every scenario in turn."""
+    results = []
+    for scenario in scenarios:
+        found = Found(scenario)
+        results.append(found)
+        with console.status(scenario.name) as status:
+            bench.tell = lambda step, name=scenario.name: status.update(f"{name}: {step}")  # type: ignore[misc]
+            for sample in scenario.measure(bench):
+                found.samples.append(sample)
+                console.print(_brief(scenario, sample), style="dim", highlight=False)
+        found.failures, bench.failures = bench.failures, []
+    return results
+
+
+def _brief(scenario: Scenario, sample: Sample) -> str:
+    numbers = [(NUMBERS[name], sample.numbers[name]) for name in scenario.drawn if name in sample.numbers]
+    texts = [f"{number.label} {value * number.scale:.{number.digits}f}" for number, value in numbers]
+    return f"{scenario.name}: {sample.case}, {sample.via}: {', '.join(texts)}"
+
+
+def _known(shapes: Sequence[str]) -> Sequence[str]:
+    if unknown := set(shapes) - SHAPES.keys():
+        raise typer.BadParameter(f"{unknown.pop()} is none of {', '.join(SHAPES)}", param_hint="--shape")
+    return shapes
+
+
+@app.command("models")
+def write_models(out: Out = OUT) -> None:
+    """Write every model that a scenario uses."""
+    for shape in SHAPES.values():
+        typer.echo(ensure_model(shape, out))
+
+
+app.command("all", help="Every scenario.")(_command(SCENARIOS))
+for scenario in SCENARIOS:
+    app.command(scenario.name, help=scenario.about)(_command([scenario]))
 
 
 if __name__ == "__main__":

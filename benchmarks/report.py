@@ -1,95 +1,193 @@
-"""What a scenario found, as a table for people, JSON for programs and a plot for documents."""
+"""What scenarios found, as a table for people, JSON for programs and a plot for documents."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.decode import DIALECTS, DecodeOptions, DecodeResult
-from benchmarks.soak import Soak
+from benchmarks.scenario import NUMBERS, Goal, Number, Sample, Scenario
+from benchmarks.targets import HEADWATER
 from engines.request import JSON
 
 MAX_NOISE = 0.1
 """Rounds of a quiet machine differ by 1 to 4 %."""
 
 CAPTION = (
-    "bare: llama_decode and argmax alone, in its own process. decode: tokens/s of all clients together while all "
-    "of them decode; wall: the whole run, prefill included; ratio: decode beside bare, median of the rounds."
+    "median of the rounds; x: Headwater beside that server, median of the rounds' own ratios, "
+    "green where Headwater is better"
 )
 
 
-def print_decode(result: DecodeResult, options: DecodeOptions, console: Console) -> None:
-    """One table, a block of rows for each number of clients, and a line for the hop."""
-    title = f"{options.tokens} tokens a client, median of {options.repeat}"
-    headings = ("clients", "via", "decode tok/s", "ratio", "wall tok/s", "TTFT ms", "gap p50 ms", "gap p95 ms")
-    table = Table(title=title, caption=CAPTION)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 1 else "right")
-    for clients in options.clients:
-        for row in _rows(result, clients):
+@dataclass(slots=True)
+class Found:
+    """The samples of one scenario, and why there are not more of them."""
+
+    scenario: Scenario
+    samples: list[Sample] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def cases(self) -> list[str]:
+        """In the order in which they were measured."""
+        return list(dict.fromkeys(sample.case for sample in self.samples))
+
+    @property
+    def vias(self) -> list[str]:
+        """Everything that was measured, Headwater first."""
+        vias = dict.fromkeys(sample.via for sample in self.samples)
+        return sorted(vias, key=lambda via: not via.startswith(HEADWATER))
+
+    def rounds(self, case: str, number: str, via: str) -> dict[int, float]:
+        """The values of each round."""
+        return {
+            sample.turn: sample.numbers[number]
+            for sample in self.samples
+            if sample.case == case and sample.via == via and number in sample.numbers
+        }
+
+    def value(self, case: str, number: str, via: str = HEADWATER) -> float | None:
+        """The median of the rounds; None where it was not measured."""
+        values = self.rounds(case, number, via).values()
+        return median(values) if values else None
+
+    def ratio(self, case: str, number: str, beside: str, via: str = HEADWATER) -> float | None:
+        """What one has of the other's: the median of the rounds' own ratios; None where there is none."""
+        ours, theirs = self.rounds(case, number, via), self.rounds(case, number, beside)
+        ratios = [ours[turn] / theirs[turn] for turn in ours.keys() & theirs.keys() if theirs[turn]]
+        return median(ratios) if ratios else None
+
+    def noise(self, case: str, number: str, via: str = HEADWATER) -> float:
+        """By which share of the largest the smallest of rounds that should be equal fell behind."""
+        values = self.rounds(case, number, via).values()
+        return 1 - min(values) / max(values) if values and max(values) else 0.0
+
+
+def print_found(found: Sequence[Found], flags: Mapping[str, set[str]], rounds: int, console: Console) -> None:
+    """One table of every number and ratio, then what else a reader must know."""
+    vias = sorted(
+        dict.fromkeys(via for one in found for via in one.vias), key=lambda via: not via.startswith(HEADWATER)
+    )
+    table = Table(title=f"Headwater beside others, {rounds} rounds", caption=CAPTION)
+    for heading in ("scenario", "case", "number"):
+        table.add_column(heading)
+    for via in vias:
+        table.add_column(via, justify="right")
+    table.add_column("goal", justify="right")
+    for one in found:
+        for row in _rows(one, vias):
             table.add_row(*row)
         table.add_section()
     console.print(table)
-    if result.noise > MAX_NOISE:
-        console.print(f"NOT TO BE TRUSTED: equal rounds differ by {result.noise:.0%}, so the machine was not quiet")
-    if result.hop is not None:
-        first_ms, whole_ms = result.hop.first_s * 1e3, result.hop.whole_s * 1e3
-        console.print(f"gateway hop: {first_ms:+.2f} ms to the first byte, {whole_ms:+.2f} ms to the last, which waits")
-        console.print(f"for the ledger's commit; median of {options.hops} requests each way, demo model")
+    for one in found:
+        console.print(f"[bold]{one.scenario.name}[/bold]: {one.scenario.about}")
+        for failure in one.failures:
+            console.print(f"failed: {failure}", style="red", highlight=False, markup=False)
+    for name, each in flags.items():
+        for flag in sorted(each):
+            console.print(f"{name}: {flag}", highlight=False)
+    for line in _noisy(found):
+        console.print(line)
 
 
-def print_soak(result: Soak, console: Console) -> None:
-    """What was sent, what the books say, how memory went, and every problem."""
-    mib = [round(size / 2**20) for size in result.memory]
-    console.print(f"{result.num_sent} requests in {result.seconds:.0f} s, {result.num_left} hung up early")
-    prompt, cached, generated, wasted = (
-        result.ledger[f"{name}_tokens"] for name in ("prompt", "cached", "completion", "wasted")
-    )
-    console.print(f"tokens: {prompt} of prompts, {cached} of them cached; {generated} generated, {wasted} for nobody")
-    console.print(f"memory, MiB, in equal steps: {' '.join(map(str, mib))}")
-    console.print("\n".join(result.problems) or "everything is accounted for")
+def _rows(found: Found, vias: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for case in found.cases:
+        for number, reads in NUMBERS.items():
+            if found.value(case, number) is None and not any(found.rounds(case, number, via) for via in vias):
+                continue
+            cells = [_cell(found, case, number, reads, via) for via in vias]
+            rows.append([found.scenario.name, case, reads.label, *cells, _goal(found, case, number)])
+    return [["" if i < 2 and n and row[i] == rows[n - 1][i] else row[i] for i in range(len(row))]
+            for n, row in enumerate(rows)]  # fmt: skip
 
 
-def _rows(result: DecodeResult, clients: int) -> list[tuple[str, ...]]:
-    rounds = result.of(clients)
-    bare = median(each.bare.decode_tps for each in rounds)
-    rows: list[tuple[str, ...]] = [(str(clients), "bare", f"{bare:.1f}", "1", "", "", "", "")]
-    for dialect in DIALECTS:
-        loads = [each.gateway[dialect.name] for each in rounds]
-        numbers = (
-            f"{median(load.decode_tps for load in loads):.1f}",
-            f"{result.ratio(clients, dialect.name):.3f}",
-            f"{median(load.wall_tps for load in loads):.1f}",
-            f"{median(load.ttft_s for load in loads) * 1e3:.0f}",
-            f"{median(load.gap_p50_s for load in loads) * 1e3:.1f}",
-            f"{median(load.gap_p95_s for load in loads) * 1e3:.1f}",
-        )
-        rows.append((str(clients), dialect.name, *numbers))
-    return rows
+def _cell(found: Found, case: str, number: str, reads: Number, via: str) -> str:
+    value = found.value(case, number, via)
+    if value is None:
+        return ""
+    text = f"{value * reads.scale:.{reads.digits}f}"
+    ratio = None if via == HEADWATER else found.ratio(case, number, via)
+    if ratio is None or reads.more_is_better is None:
+        return text
+    colour = "green" if (ratio >= 1) == reads.more_is_better else "red"
+    return f"{text} [{colour}]x {ratio:.2f}[/{colour}]"
 
 
-def save_decode(result: DecodeResult, options: DecodeOptions, weights: Path, directory: Path) -> list[Path]:
-    """Write `decode.json` and `decode.png`; returns where they are."""
+def _goal(found: Found, case: str, number: str) -> str:
+    texts = []
+    for goal in found.scenario.goals:
+        if (goal.case, goal.number) == (case, number) and (ratio := found.ratio(case, number, goal.beside)) is not None:
+            colour = "green" if ratio >= goal.at_least else "red"
+            texts.append(f"[{colour}]{ratio:.3f}[/{colour}] of {goal.at_least:g}")
+    return " ".join(texts)
+
+
+def missed(found: Sequence[Found]) -> list[Goal]:
+    """Goals that were measured and not reached."""
+    return [
+        goal
+        for one in found
+        for goal in one.scenario.goals
+        if (ratio := one.ratio(goal.case, goal.number, goal.beside)) is not None and ratio < goal.at_least
+    ]
+
+
+def _noisy(found: Sequence[Found]) -> list[str]:
+    """Throughputs that cannot be relied on."""
+    worst = [
+        (one.noise(case, number, via), f"{one.scenario.name}, {case}, {NUMBERS[number].label} of {via}")
+        for one in found
+        for case in one.cases
+        for number in one.scenario.drawn
+        for via in one.vias
+        if NUMBERS[number].more_is_better
+    ]
+    return [f"NOT TO BE TRUSTED: rounds of {what} differ by {noise:.0%}" for noise, what in worst if noise > MAX_NOISE]
+
+
+def save_found(
+    found: Sequence[Found], flags: Mapping[str, set[str]], options: Mapping[str, JSON], directory: Path
+) -> list[Path]:
+    """Write `bench.json` and `bench.png`; returns where they are."""
     directory.mkdir(parents=True, exist_ok=True)
-    record, plot = directory / "decode.json", directory / "decode.png"
-    ratios = {
-        str(clients): {dialect.name: result.ratio(clients, dialect.name) for dialect in DIALECTS}
-        for clients in options.clients
+    record, plot = directory / "bench.json", directory / "bench.png"
+    body = {
+        "machine": _machine(),
+        "options": dict(options),
+        "flags": {name: sorted(each) for name, each in flags.items()},
+        "scenarios": {one.scenario.name: _record(one) for one in found},
     }
-    body = {"machine": _machine(), "model": weights.name, "options": asdict(options), "ratios": ratios}
-    record.write_text(json.dumps(body | asdict(result), indent=2) + "\n")
-    _plot(result, options).savefig(plot, dpi=120)
+    record.write_text(json.dumps(body, indent=2) + "\n")
+    _plot(found).savefig(plot, dpi=110)
     return [record, plot]
+
+
+def _record(found: Found) -> JSON:
+    ratios = {
+        case: {via: {number: found.ratio(case, number, via) for number in NUMBERS if found.rounds(case, number, via)}
+               for via in found.vias if via != HEADWATER}
+        for case in found.cases
+    }  # fmt: skip
+    return {
+        "about": found.scenario.about,
+        "failures": found.failures,
+        "ratios": ratios,
+        "samples": [asdict(sample) for sample in found.samples],
+    }
 
 
 def _machine() -> JSON:
@@ -102,23 +200,42 @@ def _machine() -> JSON:
     }
 
 
-def _plot(result: DecodeResult, options: DecodeOptions) -> Figure:
-    """Bars of decode throughput for each number of clients; every round a dot, so that noise is seen."""
-    figure = Figure(figsize=(2 + 2.5 * len(options.clients), 4), layout="constrained")
-    axes = figure.subplots()
-    series = {"bare llama.cpp": [[each.bare.decode_tps for each in result.of(n)] for n in options.clients]}
-    for name in (dialect.name for dialect in DIALECTS):
-        series[f"Headwater, {name}"] = [
-            [each.gateway[name].decode_tps for each in result.of(n)] for n in options.clients
-        ]
-    width = 0.8 / len(series)
-    for index, (label, groups) in enumerate(series.items()):
-        places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
-        axes.bar(places, [median(group) for group in groups], width * 0.92, label=label)
-        for place, group in zip(places, groups, strict=True):
-            axes.plot([place] * len(group), group, "k.", markersize=4)
-    axes.set_xticks(range(len(options.clients)), [f"{n} client{'s' * (n > 1)}" for n in options.clients])
-    axes.set_ylabel("decode, tokens/s")
-    axes.set_title("Decode throughput through the gateway")
-    axes.legend(loc="upper left")
+COLUMNS = 3
+LABEL_WIDTH = 16  # characters of a line below a group of bars
+
+
+def _plot(found: Sequence[Found]) -> Figure:
+    """Bars for each case, a panel for each drawn number; every round a dot, so that noise is seen."""
+    panels = [
+        (one, number)
+        for one in found
+        for number in one.scenario.drawn
+        if any(one.rounds(case, number, via) for case in one.cases for via in one.vias)
+    ]
+    num_rows = max(math.ceil(len(panels) / COLUMNS), 1)
+    figure = Figure(figsize=(6 * COLUMNS, 3.6 * num_rows + 0.6), layout="constrained")
+    axes = figure.subplots(num_rows, COLUMNS, squeeze=False).flatten()
+    vias = sorted(
+        dict.fromkeys(via for one in found for via in one.vias), key=lambda via: not via.startswith(HEADWATER)
+    )
+    colours = {via: f"C{index}" for index, via in enumerate(vias)}
+    for place, (one, number) in zip(axes, panels, strict=False):
+        drawn = [via for via in vias if any(one.rounds(case, number, via) for case in one.cases)]
+        width = 0.8 / len(drawn)
+        reads = NUMBERS[number]
+        for index, via in enumerate(drawn):
+            for group, case in enumerate(one.cases):
+                values = [value * reads.scale for value in one.rounds(case, number, via).values()]
+                if values:
+                    x = group + (index - (len(drawn) - 1) / 2) * width
+                    place.bar(x, median(values), width * 0.92, color=colours[via])
+                    place.plot([x] * len(values), values, "k.", markersize=3)
+        place.set_xticks(range(len(one.cases)), [fill(case, LABEL_WIDTH) for case in one.cases], fontsize=7)
+        better = {True: ", more is better", False: ", less is better", None: ""}[reads.more_is_better]
+        place.set_title(f"{one.scenario.name}: {reads.label}{better}", fontsize=10)
+        place.grid(axis="y", alpha=0.3)
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    swatches = [Patch(color=colour, label=via) for via, colour in colours.items()]
+    figure.legend(handles=swatches, loc="outside upper center", ncols=max(len(swatches), 1))
     return figure

@@ -9,18 +9,15 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 
+from benchmarks.process import free_port, run_process
 from engines.inference import LoadConfig
 from engines.store.blobs import blob_path, write_blob
 from engines.store.gguf import read_header
@@ -28,13 +25,9 @@ from engines.store.gojson import encode_json
 from engines.store.manifests import CONFIG_TYPE, LAYER_TYPE, Layer, Manifest, ModelConfig, write_manifest
 from engines.store.names import parse_name
 
-START_S = 60.0
-STOP_S = 30.0
-POLL_S = 0.05
-
-
-class ServerFailed(Exception):
-    """The server did not start; the message ends with what it said."""
+DEMO = Path(__file__).parent.parent / "engines" / "store" / "demo" / "demo.gguf"
+WINDOWS = 4
+"""Full windows that a model's KV cache has room for unless it is told otherwise (gateway.app, AUTO_WINDOWS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +59,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(models: Mapping[str, Path]) -> Iterator[Server]:
+def run_server(models: Mapping[str, Path], *, window: int = 0, data: Path | None = None) -> Iterator[Server]:
     """Start a server that has these models, by name, and stop it in the end.
+
+    Args:
+        models: their GGUF files.
+        window: tokens of context of one request; 0 leaves it to the server.
+        data: where it keeps what outlives it; None throws that away.
 
     Raises:
         ServerFailed: it did not come up.
@@ -76,23 +74,16 @@ def run_server(models: Mapping[str, Path]) -> Iterator[Server]:
         root = Path(directory)
         for name, weights in models.items():
             install(root / "models", name, weights)
-        port = _free_port()
+        base_url = f"http://127.0.0.1:{free_port()}"
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OLLAMA_", "HEADWATER_"))} | {
-            "OLLAMA_HOST": f"127.0.0.1:{port}",
+            "OLLAMA_HOST": base_url,
             "OLLAMA_MODELS": str(root / "models"),
             "OLLAMA_KEEP_ALIVE": "-1",
-            "HEADWATER_DATA": str(root / "data"),
+            "OLLAMA_CONTEXT_LENGTH": str(window),
+            "HEADWATER_DATA": str(data or root / "data"),
         }
-        log = root / "server.log"
-        with log.open("wb") as output:
-            command = [sys.executable, "-m", "gateway", "serve"]
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            base_url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(process, base_url, log)
-            yield Server(base_url, process.pid)
-        finally:
-            _stop(process)
+        with run_process([sys.executable, "-m", "gateway", "serve"], f"{base_url}/health", environment) as pid:
+            yield Server(base_url, pid)
 
 
 def install(models: Path, name: str, weights: Path) -> None:
@@ -119,29 +110,3 @@ def install(models: Path, name: str, weights: Path) -> None:
         layers=(Layer(f"{LAYER_TYPE}model", digest, weights.stat().st_size),),
     )
     write_manifest(models, parse_name(name), manifest)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{base_url}/health", timeout=2, trust_env=False).status_code == 200:
-                return
-        time.sleep(POLL_S)
-    raise ServerFailed(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

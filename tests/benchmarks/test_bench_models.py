@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("gguf", reason="the extra `bench` is not installed")
 
 from benchmarks.bare import BareOptions, run_bare
-from benchmarks.models import SHAPES, Shape, ensure_model, make_vocabulary, random_q8_0
+from benchmarks.models import SHAPES, Shape, ensure_model, make_vocabulary, random_q4_0, random_q8_0
 from benchmarks.server import install
 from engines.store.catalog import Catalog
 from engines.store.gguf import read_header
@@ -52,6 +52,25 @@ def test_random_matrices_keep_variance() -> None:
     scales = blocks[..., :2].copy().view(np.float16).astype(np.float32)
     weights = scales * blocks[..., 2:].view(np.int8)
     assert weights.std() * 512**0.5 == pytest.approx(1.04, abs=0.05)
+
+
+def test_four_bits_keep_variance_too() -> None:
+    """A byte is two weights from -8 to 7, in units of its block's scale."""
+    blocks = random_q4_0(np.random.default_rng(1), 256, 512, 1.0).reshape(256, 16, 18)
+    scales = blocks[..., :2].copy().view(np.float16).astype(np.float32)
+    pairs = blocks[..., 2:].astype(np.int16)
+    weights = scales * np.concatenate([(pairs & 15) - 8, (pairs >> 4) - 8], axis=-1)
+    assert weights.std() * 512**0.5 == pytest.approx(1.04, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "nomic-137m", "smollm-135m-embed"])
+def test_every_kind_has_a_miniature(name: str, tmp_path: Path) -> None:
+    """What a quick run takes is of the same architecture and quantization as what it stands for."""
+    shape = SHAPES[name]
+    header = read_header(ensure_model(shape.miniature, tmp_path))
+    assert (header.architecture, header.file_type) == (shape.architecture, shape.quantization)
+    pooling = header.metadata.get(f"{shape.architecture}.pooling_type")
+    assert pooling == (None if shape.pooling is None else shape.pooling.value)
 
 
 def test_an_installed_model_is_in_the_catalog(tiny: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from benchmarks.load import (
     OPENAI,
     Answer,
     Dialect,
+    Load,
     RequestFailed,
-    make_prompts,
+    percentile,
     read_answer,
     read_body,
-    summarize,
 )
+from benchmarks.prompts import Writer
 from engines.request import JSON
 
 Stream = Callable[[list[str], int], bytes]
@@ -46,7 +47,7 @@ STREAMS: list[tuple[Dialect, Stream]] = [(OLLAMA, ollama_stream), (OPENAI, opena
 def test_token_counts_come_from_the_last_message(dialect: Dialect, stream: Stream) -> None:
     """Chunks are text with its time; counts are what the server says."""
     answer = read_answer(dialect, 1.0, [(2.0, stream(["a", "b"], 7))], 3.0)
-    assert answer == Answer(1.0, (2.0, 2.0), 3.0, prompt_tokens=7, completion_tokens=2)
+    assert answer == Answer(1.0, (2.0, 2.0), 3.0, prompt_tokens=7, completion_tokens=2, text="ab")
 
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=12), which=st.sampled_from(STREAMS))
@@ -105,29 +106,55 @@ def steady(start: float, count: int, gap: float, tokens_per_chunk: int = 1) -> A
     return Answer(0.0, chunks, chunks[-1] + 1, 10, count * tokens_per_chunk)
 
 
+def load_of(*answers: Answer) -> Load:
+    """A run in which each client asked once."""
+    return Load([[answer] for answer in answers], client_share=0.02)
+
+
 def test_decode_counts_only_while_all_clients_decode() -> None:
     """Clients that start 5 s apart at 10 tokens/s each are 20 tokens/s together, however long one ran alone."""
-    rates = summarize([steady(1.0, 100, 0.1), steady(6.0, 100, 0.1)])
-    assert rates.decode_tps == pytest.approx(20)
-    assert rates.wall_tps == pytest.approx(200 / 16.9)
-    assert rates.ttft_s == pytest.approx(3.5)
-    assert rates.gap_p50_s == pytest.approx(0.1)
-    assert rates.completion_tokens == 200
+    load = load_of(steady(1.0, 100, 0.1), steady(6.0, 100, 0.1))
+    assert load.decode_tps == pytest.approx(20)
+    numbers = load.numbers()
+    assert numbers["wall_tps"] == pytest.approx(200 / 16.9)
+    assert numbers["ttft_p50_s"] == pytest.approx(3.5)
+    assert numbers["gap_p50_s"] == pytest.approx(0.1)
+    assert load.completion_tokens == 200
 
 
 def test_a_chunk_of_several_tokens_counts_as_several() -> None:
     """Servers may send two tokens in one chunk; the rate is in tokens."""
-    assert summarize([steady(0.0, 50, 0.1, tokens_per_chunk=2)]).decode_tps == pytest.approx(20)
+    assert load_of(steady(0.0, 50, 0.1, tokens_per_chunk=2)).decode_tps == pytest.approx(20)
 
 
 def test_clients_that_never_decode_together_have_no_throughput() -> None:
     """A run too short to overlap is refused instead of being given a made-up number."""
     with pytest.raises(RequestFailed, match="more tokens"):
-        summarize([steady(0.0, 5, 0.1), steady(9.0, 5, 0.1)])
+        _ = load_of(steady(0.0, 5, 0.1), steady(9.0, 5, 0.1)).decode_tps
 
 
-def test_prompts_differ_from_their_first_characters_on() -> None:
-    """No server can answer one prompt from the cached prefix of another."""
-    prompts = make_prompts(8, 64, seed=1) + make_prompts(8, 64, seed=2)
-    assert {len(prompt) for prompt in prompts} == {64}
-    assert len({prompt[:8] for prompt in prompts}) == len(prompts)
+def test_chunks_that_arrive_together_have_no_rate() -> None:
+    """What came in one piece says nothing about how fast it was made."""
+    assert Answer(0.0, (1.0, 1.0, 1.0), 2.0, 10, 3).rate_between(0.0, 9.0) == 0
+
+
+def test_gaps_of_a_time_end_within_it() -> None:
+    """What happened to others while a long prompt was read is told apart from before and after."""
+    answer = Answer(0.0, (1.0, 2.0, 4.0, 7.0), 8.0, 10, 4)
+    assert answer.gaps() == [1.0, 2.0, 3.0]
+    assert answer.gaps(3.0, 5.0) == [2.0]
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    """No value is made up between two that were measured."""
+    assert percentile(range(101), 0.95) == 95
+    assert percentile([7.0], 0.5) == 7.0
+
+
+def test_texts_differ_from_their_first_words_on() -> None:
+    """No server can answer one prompt from the cached prefix of another, and a text's length is its words."""
+    writer = Writer(1)
+    texts = [writer.text(64) for _ in range(16)]
+    assert {text.count(" ") for text in texts} == {64}
+    assert len({text[:20] for text in texts}) == len(texts)
+    assert Writer(1).text(64) == texts[0]
