@@ -9,15 +9,17 @@ from typing import Protocol
 from engines.errors import HeadwaterError, ModelNotFound
 from engines.events import (
     ChoiceFinished,
+    Embeddings,
     Event,
     Finished,
+    Ranking,
     TextDelta,
     ThinkingDelta,
     TokenLogprob,
     ToolCallDelta,
 )
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import GenerateRequest
+from engines.request import EmbedRequest, GenerateRequest, RerankRequest
 
 
 class Services(Protocol):
@@ -47,6 +49,15 @@ class Services(Protocol):
 
     async def unload(self, request: GenerateRequest) -> None:
         """Unload the request's model once its running requests are done; success when it is not loaded."""
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """One vector for each input; without inputs the model is only made resident.
+
+        Raises UnsupportedCapability for a model that makes none.
+        """
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """One score for each document. Raises UnsupportedCapability for a model that does not rank."""
 
     def list_runners(self) -> list[RunnerStatus]:
         """What is loaded now. Never loads or wakes anything."""

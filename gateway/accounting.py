@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from compat.services import Refusal
 from engines.errors import Cancelled
 from engines.events import FinishReason, Timings, Usage
-from engines.request import GenerateRequest, Mode, Origin
+from engines.request import EmbedRequest, GenerateRequest, Mode, Origin, RerankRequest
 from engines.wire import ORIGIN_HEADER, REQUEST_ID_HEADER
 from gateway.logs import request_context
 from gateway.metrics import Metrics
@@ -71,7 +71,7 @@ class Accounts:
         """Start an account."""
         self._open[account.id] = account
 
-    def claim(self, request: GenerateRequest, *, mode: Mode) -> Account:
+    def claim(self, request: GenerateRequest | EmbedRequest | RerankRequest, *, mode: Mode) -> Account:
         """The account of a request that is about to be served.
 
         One HTTP request may hold several prompts, each a request of its own with its own id and account.
@@ -88,7 +88,8 @@ class Accounts:
                 arrived=parent.arrived if parent else now,
             )
             self.open(account)
-        account.model, account.mode, account.stream = request.model, mode.value, request.stream
+        account.model, account.mode = request.model, mode.value
+        account.stream = isinstance(request, GenerateRequest) and request.stream
         return account
 
     async def settle(

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
-from engines.errors import Cancelled, HeadwaterError
-from engines.events import ChoiceFinished, Event, Finished, FinishReason, Timings, Usage
+from engines.errors import Cancelled, HeadwaterError, UnsupportedCapability
+from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import GenerateRequest, Mode
+from engines.request import EmbedRequest, GenerateRequest, LoadOptions, Mode, RerankRequest
 from engines.store.catalog import Catalog
 from gateway.accounting import CLIENT_GONE, Account, Accounts
 from gateway.pool import Lease, Pool, RunnerKey
 from gateway.runner import Reply, Runner
 
 log = logging.getLogger(__name__)
+
+AnyRequest = GenerateRequest | EmbedRequest | RerankRequest
+Q = TypeVar("Q", EmbedRequest, RerankRequest)
+A = TypeVar("A", Embeddings, Ranking)
+T = TypeVar("T")
 
 DEFAULT_NUM_CTX = 4096
 MIN_NUM_CTX = 4
@@ -65,7 +72,7 @@ class Dispatch:
         try:
             card = await self._identify(account, request)
             lease = await self._acquire(account, request, card)
-            reply = await self._submit(account, lease, _complete(request, card))
+            reply = await self._submit(account, lease, _complete(request, card), lease.runner.generate)
         except HeadwaterError as error:
             await self._refuse(account, error)
             raise
@@ -75,10 +82,44 @@ class Dispatch:
             raise
         return Answering(self._pool, self._accounts, account, lease, reply)
 
-    async def _submit(self, account: Account, lease: Lease[Runner], request: GenerateRequest) -> Reply:
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """One vector for each input; without inputs the model is only made resident."""
+        return await self._compute(request, Mode.EMBEDDING, Runner.embed if request.inputs else _load_only)
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """One score for each document."""
+        return await self._compute(request, Mode.RERANKING, Runner.rerank)
+
+    async def _compute(self, request: Q, mode: Mode, run: Callable[[Runner, Q], Awaitable[A]]) -> A:
+        """Do all of a request at once; it is on record when this returns or raises."""
+        account = self._accounts.claim(request, mode=mode)
+        try:
+            card = await self._identify(account, request)
+            _require(card, mode)
+            lease = await self._acquire(account, request, card)
+            complete = replace(request, load=request.load.over(card.load))
+            answer = await self._submit(account, lease, complete, partial(run, lease.runner))
+        except HeadwaterError as error:
+            await self._refuse(account, error)
+            raise
+        except asyncio.CancelledError:
+            gone = self._accounts.settle(account, status=CLIENT_GONE, reason=FinishReason.CANCEL.value)
+            await asyncio.shield(asyncio.ensure_future(gone))
+            raise
+        self._pool.release(lease.resident)
+        answer = replace(answer, timings=_timings(answer.timings, lease, account, ttft_s=0.0))
+        reason = FinishReason.LOAD if run is _load_only else FinishReason.STOP
+        await self._accounts.settle(
+            account, status=200, reason=reason.value, usage=answer.usage, timings=answer.timings
+        )
+        return answer
+
+    async def _submit(
+        self, account: Account, lease: Lease[Runner], request: AnyRequest, run: Callable[[Any], Awaitable[T]]
+    ) -> T:
         """Hand the request to the worker; a caller who leaves meanwhile is booked with what it has cost."""
         try:
-            return await lease.runner.generate(request)
+            return await run(request)
         except asyncio.CancelledError:
             await asyncio.shield(asyncio.ensure_future(self._abandon(account, lease, request)))
             raise
@@ -86,7 +127,7 @@ class Dispatch:
             self._pool.release(lease.resident)
             raise
 
-    async def _abandon(self, account: Account, lease: Lease[Runner], request: GenerateRequest) -> None:
+    async def _abandon(self, account: Account, lease: Lease[Runner], request: AnyRequest) -> None:
         try:
             usage, engine = await lease.runner.cancel(request.id) or (Usage(), Timings())
         finally:
@@ -120,27 +161,27 @@ class Dispatch:
         self._pool.unload(card.weights_digest)
         await self._accounts.settle(account, status=200, reason=FinishReason.UNLOAD.value)
 
-    async def _identify(self, account: Account, request: GenerateRequest) -> ModelCard:
+    async def _identify(self, account: Account, request: AnyRequest) -> ModelCard:
         card = await self.find(request.model)
         account.model, account.model_digest, account.backend = card.name, card.digest, self._backend
         return card
 
-    async def _acquire(self, account: Account, request: GenerateRequest, card: ModelCard) -> Lease[Runner]:
+    async def _acquire(self, account: Account, request: AnyRequest, card: ModelCard) -> Lease[Runner]:
         account.is_waiting = True
         try:
-            return await self._pool.acquire(self._key(request, card), card, request.keep_alive_s)
+            key = self._key(request.load.over(card.load), card, Mode(account.mode))
+            return await self._pool.acquire(key, card, request.keep_alive_s)
         finally:
             account.is_waiting = False
 
-    def _key(self, request: GenerateRequest, card: ModelCard) -> RunnerKey:
+    def _key(self, options: LoadOptions, card: ModelCard, mode: Mode) -> RunnerKey:
         """Which runner can serve a request: its window is bounded by what the model was trained with."""
-        options = request.load.over(card.load)
         wanted = max(options.num_ctx or self._num_ctx, MIN_NUM_CTX)
         num_ctx = min(wanted, card.context_length) if card.context_length else wanted
         return RunnerKey(
             backend=self._backend,
             model=card.weights_digest,
-            mode=Mode.COMPLETION,
+            mode=mode,
             options=replace(options, num_ctx=None),
             num_ctx=num_ctx,
         )
@@ -154,6 +195,17 @@ def _complete(request: GenerateRequest, card: ModelCard) -> GenerateRequest:
     """The request with what the model and the dialect say where the client said nothing."""
     sampling = request.sampling.over(card.sampling).over(request.defaults)
     return replace(request, sampling=sampling, load=request.load.over(card.load))
+
+
+def _require(card: ModelCard, mode: Mode) -> None:
+    """Refuse before loading what loading would not make possible; any model but a reranker can embed somehow."""
+    can_rank = "rerank" in card.capabilities
+    if can_rank is not (mode is Mode.RERANKING):
+        raise UnsupportedCapability(card.name, "embedding" if can_rank else "rerank")
+
+
+async def _load_only(runner: Runner, request: EmbedRequest) -> Embeddings:
+    return Embeddings((), Usage(), Timings())
 
 
 def _reason(error: HeadwaterError) -> str:

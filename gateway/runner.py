@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 
 from engines.backend import Backend, BackendConfiguration
-from engines.errors import HeadwaterError, ModelLoadFailed, ServerBusy, WorkerCrashed
-from engines.events import Event, Timings, Usage
-from engines.request import GenerateRequest, Mode
+from engines.errors import HeadwaterError, ModelLoadFailed, ServerBusy, UnsupportedCapability, WorkerCrashed
+from engines.events import Embeddings, Event, Ranking, Timings, Usage
+from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
 from engines.wire import (
     DONE,
     ORIGIN_HEADER,
@@ -28,6 +28,14 @@ from engines.wire import (
     decode_error,
     encode_request,
     path_of,
+)
+from engines.wire_vectors import (
+    EMBED_PATH,
+    RERANK_PATH,
+    decode_embeddings,
+    decode_ranking,
+    encode_embed,
+    encode_rerank,
 )
 from gateway.connection import Client, ConnectionBroken, Response
 
@@ -134,6 +142,28 @@ class Runner:
         except ConnectionBroken as error:
             raise await self.explain(error) from error
         return Reply(self, request.id, response)
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """The vectors of a request. Raises what the worker refused it with, or WorkerCrashed."""
+        return decode_embeddings(await self._compute(request, EMBED_PATH, encode_embed(request, self.model)))
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """The scores of a request. Raises as `embed` does."""
+        return decode_ranking(await self._compute(request, RERANK_PATH, encode_rerank(request, self.model)))
+
+    async def _compute(self, request: EmbedRequest | RerankRequest, path: str, body: bytes) -> bytes:
+        headers = {ORIGIN_HEADER: request.origin.surface, REQUEST_ID_HEADER: request.id}
+        try:
+            response = await self._client.send("POST", path, body, headers)
+            answer = await response.read()
+        except ConnectionBroken as error:
+            raise await self.explain(error) from error
+        if response.status == 200:
+            return answer
+        refusal = _refusal(answer)
+        if isinstance(refusal, UnsupportedCapability):  # the worker knows its model by a digest only
+            raise UnsupportedCapability(self._model_ref, *refusal.capabilities)
+        raise refusal
 
     async def cancel(self, request_id: str) -> tuple[Usage, Timings] | None:
         """End a request within a step; what it has cost, or None when the worker no longer knows it."""
