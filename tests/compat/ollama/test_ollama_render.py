@@ -29,7 +29,17 @@ from engines.errors import (
     ServerBusy,
     WorkerCrashed,
 )
-from engines.events import Event, Finished, FinishReason, TextDelta, ThinkingDelta, Timings, ToolCallDelta, Usage
+from engines.events import (
+    Event,
+    Finished,
+    FinishReason,
+    TextDelta,
+    ThinkingDelta,
+    Timings,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from engines.model import ModelDescription, TensorInfo
 from engines.request import FOREVER, Message, ToolCall
 
@@ -108,6 +118,65 @@ def test_tool_calls_ride_on_the_last_object() -> None:
     }
     assert (last["done"], last["done_reason"]) == (True, "stop")
     assert json.loads(whole(ChatObjects("m"), CALLS))["message"] == last["message"] | {"thinking": "hm"}
+
+
+BLUE = TokenLogprob(7, b" blue", -0.12, (TokenLogprob(7, b" blue", -0.12), TokenLogprob(8, b"\xf0", -math.inf)))
+SHOWN_BLUE = (
+    '{"token":" blue","logprob":-0.12,"bytes":[32,98,108,117,101],"top_logprobs":['
+    '{"token":" blue","logprob":-0.12,"bytes":[32,98,108,117,101]},{"token":"\ufffd","logprob":-9999.0,"bytes":[240]}]}'
+)
+END = TokenLogprob(2, b"", -0.5)
+SHOWN_END = '{"token":"","logprob":-0.5}'
+WITH_LOGPROBS: list[Event] = [
+    ThinkingDelta("hm", 0, (END,)),
+    ThinkingDelta("", 0, (END,)),
+    TextDelta(" blue", 0, (BLUE,)),
+    TextDelta("", 0, (END,)),
+    *finished(prompt_tokens=9, completion_tokens=2),
+]
+
+
+def test_tokens_are_streamed_with_their_chunks() -> None:
+    """To the byte; a chunk that is empty otherwise is sent for their sake."""
+    head = f'{{"model":"m","created_at":"{NOW}",'
+    tails = [
+        *(f',"done":false,"logprobs":[{shown}]}}' for shown in (SHOWN_END, SHOWN_END, SHOWN_BLUE, SHOWN_END)),
+        f',"done":true,"done_reason":"stop",{STATISTICS}}}',
+    ]
+    chat = ['"","thinking":"hm"', '""', '" blue"', '""', '""']
+    assert stream(ChatObjects("m"), WITH_LOGPROBS) == [
+        f'{head}"message":{{"role":"assistant","content":{content}}}{tail}'
+        for content, tail in zip(chat, tails, strict=True)
+    ]
+    assert stream(GenerateObjects("m"), WITH_LOGPROBS) == [
+        f'{head}"response":{content}{tail}' for content, tail in zip(chat, tails, strict=True)
+    ]
+
+
+def test_a_whole_answer_has_all_tokens() -> None:
+    """To the byte: before a chat's statistics and after a generation's."""
+    logprobs = f'"logprobs":[{SHOWN_END},{SHOWN_END},{SHOWN_BLUE},{SHOWN_END}]'
+    assert whole(ChatObjects("m"), WITH_LOGPROBS) == (
+        f'{{"model":"m","created_at":"{NOW}","message":{{"role":"assistant","content":" blue","thinking":"hm"}},'
+        f'"done":true,"done_reason":"stop",{logprobs},{STATISTICS}}}'
+    )
+    assert whole(GenerateObjects("m"), WITH_LOGPROBS) == (
+        f'{{"model":"m","created_at":"{NOW}","response":" blue","thinking":"hm","done":true,"done_reason":"stop",'
+        f"{STATISTICS},{logprobs}}}"
+    )
+
+
+@pytest.mark.parametrize("reply", [ChatObjects("m"), GenerateObjects("m")])
+@pytest.mark.parametrize(("lost", "sent"), [({"truncated_tokens": 5}, 14), ({"shifted_tokens": 2048}, 9)])
+def test_what_was_cut_is_never_cut_in_silence(reply: Reply, lost: dict[str, int], sent: int) -> None:
+    """The last object tells, streamed or not, and is the same without."""
+    events = finished(FinishReason.STOP, (), prompt_tokens=9, completion_tokens=2, **lost)
+    told = f',"prompt_tokens_sent":{sent},"truncated":true}}'
+    for last, plain in (
+        (stream(reply, events)[-1], stream(reply, finished(prompt_tokens=9, completion_tokens=2))[-1]),
+        (whole(reply, events), whole(reply, finished(prompt_tokens=9, completion_tokens=2))),
+    ):
+        assert last == plain.removesuffix("}") + told
 
 
 def test_loading_and_unloading_have_no_statistics() -> None:

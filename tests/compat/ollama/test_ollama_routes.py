@@ -17,6 +17,7 @@ from compat.ollama.routes import OllamaRoutes
 from compat.services import Refusal
 from engines.errors import ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
 from engines.events import Event, TextDelta
+from engines.options import FURTHER_SAMPLERS
 from engines.request import GenerateRequest
 
 CHAT: dict[str, Any] = {"model": "llama3.2", "messages": [{"role": "user", "content": "hi"}]}
@@ -369,7 +370,7 @@ async def test_pieces_arrive_as_they_are_made() -> None:
 WORDS = st.sampled_from(["llama3.2", "user", "5m", "json", "QUI="])
 INNER_FIELDS = [
     *("role", "content", "images", "function", "name", "arguments", "parameters", "properties", "type", "tool_calls"),
-    *("stop", "num_ctx", "seed", "temperature"),
+    *("stop", "num_ctx", "seed", "temperature", "num_keep", *FURTHER_SAMPLERS),
 ]
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS,

@@ -12,7 +12,7 @@ from ollama_fakes import NOW_NS, FakeServices, card, finished, runner, says, ser
 
 from compat.ollama.errors import QUEUE_FULL, RUNNER_STOPPED
 from engines.errors import ModelLoadFailed, ServerBusy, WorkerCrashed
-from engines.events import FinishReason, TextDelta, ThinkingDelta, ToolCallDelta
+from engines.events import FinishReason, TextDelta, ThinkingDelta, TokenLogprob, ToolCallDelta
 from engines.request import FOREVER, Message, OutputFormat, Sampling, ToolCall
 
 MODEL = "llama3.2"
@@ -126,6 +126,36 @@ async def test_a_generation(client: AsyncClient, services: FakeServices) -> None
     assert first.messages == (Message("system", "be brief"), Message("user", "hi", images=(b"\x89PNG",)))
     assert first.format == OutputFormat()
     assert (second.context_tokens, second.messages) == ((1, 2, 3), (Message("user", "more"),))
+
+
+async def test_log_probabilities(client: AsyncClient, services: FakeServices) -> None:
+    """Typed on chat and generate, whole and streamed."""
+    token = TokenLogprob(1, b"Hi", -0.5, (TokenLogprob(1, b"Hi", -0.5), TokenLogprob(2, b"Yo", -1.5)))
+    services.script = [
+        TextDelta("Hi", 0, (token,)),
+        TextDelta("", 0, (token,)),
+        *finished(prompt_tokens=2, completion_tokens=2, truncated_tokens=3),
+    ]
+    chat = await client.chat(MODEL, ASK, logprobs=True, top_logprobs=2)
+    generated = await client.generate(MODEL, "hi", logprobs=True, top_logprobs=2)
+    for whole in (chat, generated):
+        assert whole.logprobs is not None
+        assert [(entry.token, entry.logprob) for entry in whole.logprobs] == [("Hi", -0.5)] * 2
+        assert [top.token for top in whole.logprobs[0].top_logprobs or ()] == ["Hi", "Yo"]
+    chunks = [chunk async for chunk in await client.chat(MODEL, ASK, logprobs=True, top_logprobs=2, stream=True)]
+    pieces = [piece async for piece in await client.generate(MODEL, "hi", logprobs=True, stream=True)]
+    for streamed in (chunks, pieces):
+        assert [len(each.logprobs or ()) for each in streamed] == [1, 1, 0]
+    assert [request.logprobs for request in services.requests] == [2, 2, 2, 0]
+
+
+async def test_further_samplers(client: AsyncClient, services: FakeServices) -> None:
+    """Honoured where they make sense; the rest is ignored, as Ollama ignores all of them."""
+    options = {"mirostat": 2, "mirostat_tau": "high", "num_keep": 24, "logit_bias": {"5": -100}, "xtc_probability": 7}
+    await client.chat(MODEL, ASK, options=options)
+    (request,) = services.requests
+    assert request.sampling == Sampling(mirostat=2, logit_bias=((5, float("-inf")),))
+    assert request.num_keep == 24
 
 
 async def test_loading_and_unloading(client: AsyncClient, services: FakeServices) -> None:

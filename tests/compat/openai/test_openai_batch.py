@@ -1,13 +1,15 @@
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
 from openai_fakes import ORIGIN, FakeServices, finished, says
 
 from compat.openai.batch import generate_all
+from compat.openai.logprobs import EchoDelta
 from compat.services import collect
 from engines.errors import HeadwaterError, ServerBusy, WorkerCrashed
-from engines.events import Event, FinishReason, TextDelta
+from engines.events import Event, FinishReason, PromptEcho, TextDelta, TokenLogprob
 from engines.request import GenerateRequest
 
 
@@ -39,6 +41,19 @@ async def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> No
     assert (answer.finished.usage.prompt_tokens, answer.finished.usage.completion_tokens) == (9, 6)
     assert answer.finished.reason is FinishReason.LENGTH
     assert all(playback.closed.is_set() for playback in services.playbacks)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+async def test_a_prompt_is_echoed_in_each_of_its_choices(num_prompts: int) -> None:
+    """Also when it is the only one."""
+    token = TokenLogprob(5, b"Hey", 0.0)
+    services = FakeServices([PromptEcho("Hey", (token,)), TextDelta("a", 1), *finished(num_choices=2)])
+    asked = [dataclasses.replace(request, echo=True) for request in requests(num_prompts, num_choices=2)]
+    answer = await collect(await generate_all(services, asked), 2 * num_prompts)
+    assert [choice.text for choice in answer.choices] == ["Hey", "Heya"] * num_prompts
+    assert [choice.pieces[0] for choice in answer.choices] == [
+        EchoDelta("Hey", index, (token,)) for index in range(2 * num_prompts)
+    ]
 
 
 async def test_prompts_run_side_by_side() -> None:

@@ -1,6 +1,7 @@
 import base64
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,18 @@ from compat.keep_alive import parse_keep_alive
 from compat.openai.decode import decode_chat, decode_completion
 from compat.openai.parse import parse_chat, parse_completion
 from engines.errors import BadRequest, UnsupportedCapability
-from engines.request import FOREVER, GenerateRequest, LoadOptions, Message, OutputFormat, Sampling, Tool, ToolCall
+from engines.request import (
+    FOREVER,
+    GenerateRequest,
+    LoadOptions,
+    Message,
+    OutputFormat,
+    Priority,
+    Sampling,
+    Syntax,
+    Tool,
+    ToolCall,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 BASE64 = base64.b64encode(PNG).decode()
@@ -74,6 +86,133 @@ def test_openai_s_fields_win_over_ollama_s_options() -> None:
 def test_a_wrong_option_is_a_bad_request_here() -> None:
     """Ollama's 500 for a wrong option type is Ollama's alone."""
     assert refusal(options={"top_k": "x"}) == ("options.top_k", "invalid_type")
+
+
+@pytest.mark.parametrize("prefix", ["", "options."])
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("mirostat", 3, "integer_above_max_value"),
+        ("mirostat", True, "invalid_type"),
+        ("xtc_probability", -0.1, "decimal_below_min_value"),
+        ("dry_multiplier", 1e300, "decimal_above_max_value"),
+        ("dry_sequence_breakers", ":", "invalid_type"),
+        ("dynatemp_range", 10**400, "decimal_above_max_value"),
+        ("ignore_eos", 1, "invalid_type"),
+        ("logit_bias", {"hello": 1}, "invalid_value"),
+        ("logit_bias", [[1]], "invalid_value"),
+        ("logit_bias", 3, "invalid_type"),
+    ],
+)
+def test_a_wrong_sampler_is_refused_by_name(prefix: str, name: str, value: Any, reason: str) -> None:
+    """As a field and inside `options`."""
+    body = {"options": {name: value}} if prefix else {name: value}
+    assert refusal(**body) == (prefix + name, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("temperature", 10**400, "decimal_above_max_value"),
+        ("presence_penalty", 1e300, "decimal_above_max_value"),
+        ("repeat_penalty", -1, "decimal_below_min_value"),
+        ("num_ctx", -5, "integer_below_min_value"),
+        ("num_predict", 10**400, "integer_above_max_value"),
+        ("num_keep", "4", "invalid_type"),
+    ],
+)
+def test_an_absurd_option_is_refused_by_name(name: str, value: Any, reason: str) -> None:
+    """What Ollama moves to a bound is told here."""
+    assert refusal(options={name: value}) == (f"options.{name}", reason)
+
+
+LONG = "1" + "0" * 400
+
+
+@pytest.mark.parametrize("name", ["temperature", "repeat_penalty", "top_p", "min_p", "n", "top_k", "presence_penalty"])
+@pytest.mark.parametrize("text", [LONG, f"-{LONG}", LONG * 13, "1e300", "-1e300", "true", '"1"', "[1]"])
+def test_absurd_fields_are_refused_by_name(name: str, text: str) -> None:
+    """Never a server error."""
+    with pytest.raises(BadRequest) as caught:
+        decode_chat(
+            b'{"model":"m","messages":[{"role":"user","content":"x"}],"%s":%s}' % (name.encode(), text.encode())
+        )
+    assert caught.value.param == name
+
+
+def test_llama_cpp_s_samplers_are_passed_on() -> None:
+    """Fields win over `options`; a list of breakers is a tuple here."""
+    request = chat(
+        mirostat=2, mirostat_tau=4, top_n_sigma=1, dry_multiplier=0.5, dry_sequence_breakers=["\n"], ignore_eos=True,
+        logit_bias={"5": -100, "7": 2}, options={"mirostat": 1, "xtc_probability": 0.5, "num_keep": 9},
+    )  # fmt: skip
+    assert request.sampling == Sampling(
+        mirostat=2,
+        mirostat_tau=4.0,
+        top_n_sigma=1.0,
+        dry_multiplier=0.5,
+        dry_sequence_breakers=("\n",),
+        ignore_eos=True,
+        logit_bias=((5, -math.inf), (7, 2.0)),
+        xtc_probability=0.5,
+    )
+    assert request.num_keep == 9
+
+
+@pytest.mark.parametrize(
+    ("body", "logprobs"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+        ({"logprobs": True, "n_probs": 3}, 3),
+        ({"n_probs": 3}, 3),
+        ({"n_probs": 0}, None),
+    ],
+)
+def test_log_probabilities_are_asked_for(body: dict[str, Any], logprobs: int | None) -> None:
+    """By `logprobs`, or by llama.cpp's name."""
+    assert chat(**body).logprobs == logprobs
+
+
+def test_alternatives_without_log_probabilities_are_refused() -> None:
+    """As by OpenAI."""
+    assert refusal(top_logprobs=2) == ("top_logprobs", "invalid_value")
+    assert refusal(top_logprobs=21, logprobs=True) == ("top_logprobs", "integer_above_max_value")
+
+
+@pytest.mark.parametrize(
+    ("body", "priority"),
+    [
+        ({}, Priority.NORMAL),
+        ({"stream": True}, Priority.INTERACTIVE),
+        ({"service_tier": "flex"}, Priority.BATCH),
+        ({"service_tier": "flex", "stream": True}, Priority.BATCH),
+        ({"service_tier": "auto"}, Priority.NORMAL),
+        ({"service_tier": {"any": "thing"}}, Priority.NORMAL),
+    ],
+)
+def test_who_goes_first(body: dict[str, Any], priority: Priority) -> None:
+    """Who reads along, then everybody, then the cheap tier."""
+    assert chat(**body).priority is priority
+
+
+@pytest.mark.parametrize(
+    ("body", "truncate"),
+    [
+        ({}, False),
+        ({"truncate": False}, False),
+        ({"truncate": True}, True),
+        ({"truncation": "auto"}, True),
+        ({"truncation": "disabled"}, False),
+    ],
+)
+def test_prompts_are_cut_on_request_only(body: dict[str, Any], truncate: bool) -> None:
+    """Otherwise one that is too long is refused."""
+    assert chat(**body).truncate is truncate
+    assert completions(**body)[0].truncate is truncate
 
 
 @pytest.mark.parametrize(
@@ -200,6 +339,106 @@ def test_tool_choice_narrows_the_tools(choice: Any, names: list[str]) -> None:
 def test_response_format_becomes_a_constraint(body: dict[str, Any], expected: OutputFormat | None) -> None:
     """All spellings of a schema; an empty one allows any object."""
     assert chat(**body).format == expected
+
+
+GBNF = 'root ::= "yes" | "no"'
+LARK = 'start: "yes" | "no"'
+
+
+def constraint(syntax: Syntax, grammar: str, *triggers: str) -> OutputFormat:
+    """A constraint in another language than JSON Schema."""
+    return OutputFormat(syntax=syntax, grammar=grammar, triggers=triggers)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"grammar": ""}, None),
+        ({"grammar": GBNF}, constraint(Syntax.GBNF, GBNF)),
+        ({"grammar": GBNF, "response_format": {"type": "text"}}, constraint(Syntax.GBNF, GBNF)),
+        ({"response_format": {"type": "regex", "regex": "a+"}}, constraint(Syntax.REGEX, "a+")),
+        ({"response_format": {"type": "regex", "pattern": "a+"}}, constraint(Syntax.REGEX, "a+")),
+        ({"response_format": {"type": "grammar", "grammar": GBNF}}, constraint(Syntax.GBNF, GBNF)),
+        ({"response_format": {"type": "grammar", "grammar": LARK}}, constraint(Syntax.LARK, LARK)),
+        ({"response_format": {"type": "grammar", "grammar": "x", "syntax": "gbnf"}}, constraint(Syntax.GBNF, "x")),
+        ({"guided_regex": "a+"}, constraint(Syntax.REGEX, "a+")),
+        ({"guided_json": {"a": 1}}, OutputFormat({"a": 1})),
+        ({"guided_json": '{"a": 1}'}, OutputFormat({"a": 1})),
+        ({"guided_grammar": LARK}, constraint(Syntax.LARK, LARK)),
+        ({"guided_choice": ["a.b", "(c|d)"]}, constraint(Syntax.REGEX, r"(?:a\.b|\(c\|d\))")),
+        ({"structured_outputs": {}}, None),
+        ({"structured_outputs": {"json": {"a": 1}}}, OutputFormat({"a": 1})),
+        ({"structured_outputs": {"choice": ["x"]}}, constraint(Syntax.REGEX, "(?:x)")),
+        ({"structured_outputs": {"regex": "a+"}}, constraint(Syntax.REGEX, "a+")),
+        ({"structured_outputs": {"grammar": GBNF}}, constraint(Syntax.GBNF, GBNF)),
+        ({"grammar": GBNF, "grammar_lazy": False, "grammar_triggers": ["x"]}, constraint(Syntax.GBNF, GBNF)),
+        (
+            {"grammar": GBNF, "grammar_lazy": True, "grammar_triggers": ["<a>", {"type": "word", "value": "<b>"}]},
+            constraint(Syntax.GBNF, GBNF, "<a>", "<b>"),
+        ),
+        (
+            {"grammar": GBNF, "grammar_lazy": True, "grammar_triggers": [{"type": 1, "value": "<c>", "token": 7}]},
+            constraint(Syntax.GBNF, GBNF, "<c>"),
+        ),
+        (
+            {"json_schema": {"a": 1}, "grammar_lazy": True, "grammar_triggers": ["<a>"]},
+            OutputFormat({"a": 1}, triggers=("<a>",)),
+        ),
+    ],
+)
+def test_other_languages_become_a_constraint_too(body: dict[str, Any], expected: OutputFormat | None) -> None:
+    """llama.cpp's, vLLM's and our own spellings; a lazy grammar waits for its triggers."""
+    assert chat(**body).format == completions(**body)[0].format == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "reason"),
+    [
+        ({"grammar": GBNF, "json_schema": {"a": 1}}, "grammar", "invalid_value"),
+        ({"grammar": GBNF, "response_format": {"type": "json_object"}}, "grammar", "invalid_value"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "invalid_value"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs.regex", "invalid_value"),
+        ({"grammar": GBNF, "tools": [{"function": {"name": "f"}}]}, "grammar", "invalid_value"),
+        ({"grammar": 7}, "grammar", "invalid_type"),
+        ({"response_format": {"type": "regex"}}, "response_format.regex", "missing_required_parameter"),
+        ({"response_format": {"type": "regex", "regex": ""}}, "response_format.regex", "invalid_value"),
+        ({"response_format": {"type": "grammar"}}, "response_format.grammar", "missing_required_parameter"),
+        (
+            {"response_format": {"type": "grammar", "grammar": "x", "syntax": "ebnf"}},
+            "response_format.syntax",
+            "invalid_value",
+        ),
+        ({"guided_json": "{"}, "guided_json", "invalid_json_schema"),
+        ({"guided_json": "[]"}, "guided_json", "invalid_json_schema"),
+        ({"guided_choice": []}, "guided_choice", "empty_array"),
+        ({"guided_choice": [1]}, "guided_choice[0]", "invalid_type"),
+        ({"grammar": GBNF, "grammar_lazy": True}, "grammar_triggers", "missing_required_parameter"),
+        (
+            {"grammar": GBNF, "grammar_lazy": True, "grammar_triggers": [{"type": "pattern", "value": "x"}]},
+            "grammar_triggers[0].type",
+            "unsupported_value",
+        ),
+        ({"grammar": GBNF, "grammar_lazy": True, "grammar_triggers": [""]}, "grammar_triggers[0]", "invalid_value"),
+        ({"grammar_triggers": ["x"] * 65}, "grammar_triggers", "invalid_value"),
+    ],
+)
+def test_a_wrong_constraint_is_refused_by_name(body: dict[str, Any], param: str, reason: str) -> None:
+    """One at a time, and none that leaves no room for a tool call."""
+    assert refusal(**body) == (param, reason)
+
+
+def test_tools_that_may_not_be_called_leave_room_for_a_grammar() -> None:
+    """`tool_choice` none takes them away."""
+    assert chat(grammar=GBNF, tools=[G], tool_choice="none").format == constraint(Syntax.GBNF, GBNF)
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=5))
+def test_choices_match_themselves_and_nothing_else(texts: list[str]) -> None:
+    """As a regex, whatever characters they hold."""
+    output_format = chat(guided_choice=texts).format
+    assert output_format is not None
+    assert all(re.fullmatch(output_format.grammar, text) for text in texts)
+    assert not re.fullmatch(output_format.grammar, "".join(texts) + "x")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +668,34 @@ def test_a_completion_that_cannot_be_honoured_is_refused(body: dict[str, Any], p
     with pytest.raises(BadRequest) as caught:
         completions(**body)
     assert (caught.value.param, caught.value.reason) == (param, reason)
+
+
+@pytest.mark.parametrize(
+    ("body", "logprobs"),
+    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 1), ({"logprobs": 0}, 0), ({"logprobs": 20}, 20),
+     ({"n_probs": 4}, 4), ({"logprobs": 2, "n_probs": 4}, 2), ({"best_of": 3}, 0), ({"best_of": 3, "n": 3}, None),
+     ({"best_of": 3, "logprobs": 2}, 2)],
+)  # fmt: skip
+def test_a_completion_s_log_probabilities(body: dict[str, Any], logprobs: int | None) -> None:
+    """Zero asks for the chosen tokens alone, which the best of several cannot be found without."""
+    assert completions(**body)[0].logprobs == logprobs
+
+
+def test_the_best_are_chosen_among_more() -> None:
+    """Each prompt is answered `best_of` times."""
+    assert [request.num_choices for request in completions(prompt=["a", "b"], n=2, best_of=5)] == [5, 5]
+
+
+def test_a_list_of_prompts_waits_for_everybody_else() -> None:
+    """Nobody reads along with several; one is like a chat."""
+    assert {request.priority for request in completions(prompt=["a", "b"], stream=True)} == {Priority.BATCH}
+    assert completions(prompt=["a"], stream=True)[0].priority is Priority.INTERACTIVE
+
+
+def test_an_echo_may_be_all_that_is_wanted() -> None:
+    """No token limit is as low as zero otherwise."""
+    (request,) = completions(prompt="a", echo=True, max_tokens=0)
+    assert (request.echo, request.sampling.max_tokens) == (True, 0)
 
 
 def test_a_completion_s_explicit_defaults_are_accepted() -> None:

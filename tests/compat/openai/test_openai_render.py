@@ -5,6 +5,7 @@ import pytest
 from openai_fakes import card, finished, says
 
 from compat.openai.errors import render_error
+from compat.openai.logprobs import EchoDelta
 from compat.openai.render import ChatChunks, CompletionChunks, Reply, render_chat, render_completion, render_model
 from compat.services import Answer
 from engines.errors import (
@@ -26,7 +27,7 @@ from engines.errors import (
     WorkerCrashed,
     WrongModel,
 )
-from engines.events import Event, FinishReason, TextDelta, ThinkingDelta, ToolCallDelta
+from engines.events import Event, FinishReason, TextDelta, ThinkingDelta, TokenLogprob, ToolCallDelta
 from engines.request import ToolCall
 
 REPLY = Reply("chatcmpl-1", 7, "m", "fp_1a2b3c4d")
@@ -173,6 +174,101 @@ def test_a_completion_whole_and_streamed() -> None:
         ("b", None),
         ("", "stop"),
     ]
+
+
+def token(data: bytes, logprob: float) -> TokenLogprob:
+    """A token and its one alternative, itself."""
+    return TokenLogprob(1, data, logprob, (TokenLogprob(1, data, logprob),))
+
+
+WITH_LOGPROBS: list[Event] = [
+    ThinkingDelta("hm", 0, (token(b"hm", -3.0),)),
+    TextDelta("", 0, (token(b"\xc3", -0.5),)),
+    TextDelta("\u00e9!", 0, (token(b"\xa9", -0.25), token(b"!", -1.0))),
+    TextDelta("", 0, (token(b"", -0.125),)),
+    *finished(),
+]
+
+
+def test_a_chat_s_tokens_are_those_of_its_content() -> None:
+    """Each chunk has its own delta's; what shows no text travels with what does, or with the end."""
+    reply = Reply("chatcmpl-1", 7, "m", "fp_1a2b3c4d", logprobs=1)
+    (choice,) = json.loads(render_chat(reply, collected(WITH_LOGPROBS)))["choices"]
+    entries = choice["logprobs"]["content"]
+    assert [(entry["bytes"], entry["logprob"]) for entry in entries] == [
+        ([0xC3], -0.5),
+        ([0xA9], -0.25),
+        ([33], -1.0),
+        ([], -0.125),
+    ]
+    streamed = [chunk["choices"][0] for chunk in chunks(ChatChunks, WITH_LOGPROBS, logprobs=1)]
+    assert [choice["delta"].get("content") for choice in streamed] == ["", None, "\u00e9!", None]
+    assert [choice["logprobs"] and choice["logprobs"]["content"] for choice in streamed] == [
+        None,
+        None,
+        entries[:3],
+        entries[3:],
+    ]
+
+
+def test_tokens_that_nobody_asked_for_are_not_shown() -> None:
+    """They may be there for another reason."""
+    (choice,) = json.loads(render_chat(REPLY, collected(WITH_LOGPROBS)))["choices"]
+    assert choice["logprobs"] is None
+    for kind in (ChatChunks, CompletionChunks):
+        assert all(chunk["choices"][0]["logprobs"] is None for chunk in chunks(kind, WITH_LOGPROBS))
+
+
+def test_a_completion_s_prompt_is_part_of_its_text() -> None:
+    """Whole and streamed, in the same arrays and with offsets that go on."""
+    events: list[Event] = [
+        EchoDelta("Hey", 0, (token(b"Hey", 0.0),)),
+        TextDelta("", 0, (token(b" ", -0.5),)),
+        TextDelta(" a", 0, (token(b"a", -0.25),)),
+        TextDelta("b", 0, (token(b"b", -1.0),)),
+        *finished(),
+    ]
+    reply = Reply("cmpl-1", 7, "m", "fp_1a2b3c4d", logprobs=0)
+    (whole,) = json.loads(render_completion(reply, collected(events)))["choices"]
+    assert whole["text"] == "Hey ab"
+    assert whole["logprobs"] == {
+        "tokens": ["Hey", " ", "a", "b"],
+        "token_logprobs": [None, -0.5, -0.25, -1.0],
+        "top_logprobs": [None, {" ": -0.5}, {"a": -0.25}, {"b": -1.0}],
+        "text_offset": [0, 3, 4, 5],
+    }
+    streamed = [chunk["choices"][0] for chunk in chunks(CompletionChunks, events, logprobs=0)]
+    assert [choice["text"] for choice in streamed] == ["Hey", " a", "b", ""]
+    for name, values in whole["logprobs"].items():
+        assert [value for choice in streamed[:3] for value in choice["logprobs"][name]] == values
+    assert streamed[3]["logprobs"] is None
+
+
+def test_the_likeliest_of_each_prompt_s_answers_are_kept() -> None:
+    """Best first, numbered prompt by prompt; every token that was generated is charged."""
+    events: list[Event] = [
+        TextDelta(text, index, (token(text.encode(), logprob),))
+        for index, (text, logprob) in enumerate([("a", -2.0), ("b", -1.0), ("c", -3.0), ("d", -1.0), ("e", -2.0)])
+    ]
+    reply = Reply("cmpl-1", 7, "m", "fp_1a2b3c4d", num_choices=6, best_of=3, num_kept=2)
+    answer = collected([*events, *finished(num_choices=6, completion_tokens=6)], 6)
+    whole = json.loads(render_completion(reply, answer))
+    assert [(choice["index"], choice["text"]) for choice in whole["choices"]] == [
+        (0, "b"),
+        (1, "a"),
+        (2, "d"),
+        (3, "e"),
+    ]
+    assert {choice["logprobs"] for choice in whole["choices"]} == {None}
+    assert whole["usage"]["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize(("truncated", "extra"), [(0, {}), (3, {"truncated_tokens": 3})])
+def test_a_prompt_that_was_cut_says_so(truncated: int, extra: dict[str, int]) -> None:
+    """In the usage, and only then."""
+    whole = json.loads(render_chat(REPLY, collected(finished(prompt_tokens=5, truncated_tokens=truncated))))
+    assert {name: whole["usage"][name] for name in extra} == extra
+    assert ("truncated_tokens" in whole["usage"]) is bool(extra)
 
 
 def test_a_model_shows_its_context_twice() -> None:

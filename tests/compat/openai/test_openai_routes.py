@@ -16,6 +16,7 @@ from openai_fakes import BODY_LIMIT_BYTES, CREATED, FakeServices, Server, app, c
 from compat.openai.routes import surfaces
 from engines.errors import ModelLoadFailed, PromptTooLong, ServerBusy, WorkerCrashed
 from engines.events import Event, FinishReason, TextDelta
+from engines.options import FURTHER_SAMPLERS
 from engines.request import GenerateRequest, Message
 
 BODY: dict[str, Any] = {"model": "qwen3:8b", "messages": [{"role": "user", "content": "hi"}]}
@@ -253,8 +254,12 @@ json_values = st.recursive(
 FIELDS = [
     "stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "response_format", "tools",
     "tool_choice", "reasoning", "options", "keep_alive", "logit_bias", "chat_template_kwargs", "modalities", "prompt",
-    "best_of", "echo", "logprobs", "suffix", "json_schema",
+    "best_of", "echo", "logprobs", "suffix", "json_schema", "top_logprobs", "n_probs", "grammar", "grammar_lazy",
+    "grammar_triggers", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
+    "truncate", "truncation", "service_tier", "mirostat", "mirostat_tau", "xtc_probability", "dry_base",
+    "dry_sequence_breakers", "dynatemp_range", "ignore_eos", "top_n_sigma",
 ]
+OPTIONS = [*FURTHER_SAMPLERS, "temperature", "seed", "stop", "num_ctx", "num_keep", "num_predict", "repeat_penalty"]
 # fmt: on
 parts = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image_url", "refusal", "x"])},
@@ -270,7 +275,9 @@ message_bodies = st.fixed_dictionaries(
 )
 bodies = json_values | st.fixed_dictionaries(
     {"model": st.just("qwen3:8b") | json_values},
-    optional={"messages": st.lists(message_bodies, max_size=3)} | dict.fromkeys(FIELDS, json_values),
+    optional={"messages": st.lists(message_bodies, max_size=3)}
+    | dict.fromkeys(FIELDS, json_values)
+    | {"options": st.dictionaries(st.sampled_from(OPTIONS), json_values | st.just(10**400)) | json_values},
 )
 
 

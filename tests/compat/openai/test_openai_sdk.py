@@ -12,8 +12,8 @@ from openai_fakes import FakeServices, card, finished, says, serving
 from pydantic import BaseModel
 
 from engines.errors import AccessDenied, ModelLoadFailed, PromptTooLong, ServerBusy, WorkerCrashed
-from engines.events import Event, FinishReason, TextDelta, ThinkingDelta, ToolCallDelta
-from engines.request import OutputFormat, ToolCall
+from engines.events import Event, FinishReason, PromptEcho, TextDelta, ThinkingDelta, TokenLogprob, ToolCallDelta
+from engines.request import OutputFormat, Priority, Syntax, ToolCall
 
 MODEL = "qwen3:8b"
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -142,6 +142,81 @@ async def test_completions(client: AsyncOpenAI, services: FakeServices) -> None:
     stream = await client.completions.create(model=MODEL, prompt=[1, 2], stream=True)
     assert [chunk.choices[0].text async for chunk in stream] == ["a", "b", ""]
     assert services.requests[1].prompt_tokens == (1, 2)
+
+
+HELLO: list[Event] = [
+    TextDelta("Hel", 0, (TokenLogprob(1, b"Hel", -0.5, (TokenLogprob(1, b"Hel", -0.5), TokenLogprob(2, b"B", -1.0))),)),
+    TextDelta("lo", 0, (TokenLogprob(3, b"lo", float("-inf"), (TokenLogprob(4, b"p", -0.25),)),)),
+    *finished(prompt_tokens=7, completion_tokens=2, truncated_tokens=4),
+]
+
+
+async def test_chat_log_probabilities(client: AsyncOpenAI, services: FakeServices) -> None:
+    """Typed in a whole reply, and put together again by `.stream()`."""
+    services.scripts = [HELLO]
+    whole: Any = await client.chat.completions.create(
+        model=MODEL, messages=ASK, logprobs=True, top_logprobs=2, logit_bias={"5": -100}, service_tier="flex"
+    )
+    async with client.chat.completions.stream(model=MODEL, messages=ASK, logprobs=True, top_logprobs=2) as stream:
+        final: Any = await stream.get_final_completion()
+    for reply in (whole, final):
+        content = reply.choices[0].logprobs.content
+        assert [(entry.token, entry.logprob, entry.bytes) for entry in content] == [
+            ("Hel", -0.5, [72, 101, 108]),
+            ("lo", -9999.0, [108, 111]),
+        ]
+        assert [top.token for top in content[0].top_logprobs] == ["Hel", "B"]
+    assert whole.usage.truncated_tokens == 4
+    assert (services.requests[0].logprobs, services.requests[0].priority) == (2, Priority.BATCH)
+    assert services.requests[0].sampling.logit_bias == ((5, float("-inf")),)
+
+
+async def test_completion_log_probabilities_and_echo(client: AsyncOpenAI, services: FakeServices) -> None:
+    """The prompt is part of the text, streamed or not; one token's alternatives are a mapping."""
+    prompt = PromptEcho("Say ", (TokenLogprob(9, b"Say", 0.0), TokenLogprob(8, b" ", -1.5)))
+    services.scripts = [[prompt, *HELLO]]
+    whole: Any = await client.completions.create(model=MODEL, prompt="Say ", echo=True, logprobs=1)
+    logprobs = whole.choices[0].logprobs
+    assert whole.choices[0].text == "Say Hello"
+    assert logprobs.tokens == ["Say", " ", "Hel", "lo"]
+    assert logprobs.token_logprobs == [None, -1.5, -0.5, -9999.0]
+    assert logprobs.top_logprobs == [None, {" ": -1.5}, {"Hel": -0.5}, {"p": -0.25, "lo": -9999.0}]
+    assert logprobs.text_offset == [0, 3, 4, 7]
+    stream: Any = await client.completions.create(model=MODEL, prompt="Say ", echo=True, logprobs=1, stream=True)
+    chunks = [chunk async for chunk in stream]
+    assert [chunk.choices[0].text for chunk in chunks] == ["Say ", "Hel", "lo", ""]
+    assert [offset for chunk in chunks[:3] for offset in chunk.choices[0].logprobs.text_offset] == [0, 3, 4, 7]
+
+
+async def test_the_best_of_several(client: AsyncOpenAI, services: FakeServices) -> None:
+    """Only it comes back, without the log-probabilities that it was found by."""
+    services.scripts = [
+        [
+            TextDelta("worse", 0, (TokenLogprob(1, b"worse", -2.0),)),
+            TextDelta("better", 1, (TokenLogprob(2, b"better", -1.0),)),
+            *finished(num_choices=2),
+        ]
+    ]
+    reply = await client.completions.create(model=MODEL, prompt="x", best_of=2)
+    assert [(choice.index, choice.text, choice.logprobs) for choice in reply.choices] == [(0, "better", None)]
+    assert (services.requests[0].num_choices, services.requests[0].logprobs) == (2, 0)
+
+
+async def test_constraints_of_other_servers(client: AsyncOpenAI, services: FakeServices) -> None:
+    """As their users send them, through `extra_body`."""
+    bodies: list[dict[str, Any]] = [
+        {"grammar": "root ::= x", "grammar_lazy": True, "grammar_triggers": [{"type": "word", "value": "<f>"}]},
+        {"guided_choice": ["yes", "no"]},
+        {"structured_outputs": {"regex": "[a-z]+"}, "mirostat": 2, "dry_multiplier": 0.8},
+    ]
+    for body in bodies:
+        await client.chat.completions.create(model=MODEL, messages=ASK, extra_body=body)
+    assert [request.format for request in services.requests] == [
+        OutputFormat(syntax=Syntax.GBNF, grammar="root ::= x", triggers=("<f>",)),
+        OutputFormat(syntax=Syntax.REGEX, grammar="(?:yes|no)"),
+        OutputFormat(syntax=Syntax.REGEX, grammar="[a-z]+"),
+    ]
+    assert (services.requests[2].sampling.mirostat, services.requests[2].sampling.dry_multiplier) == (2, 0.8)
 
 
 async def test_models(client: AsyncOpenAI, services: FakeServices) -> None:
