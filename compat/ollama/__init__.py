@@ -1,7 +1,7 @@
 """The Ollama dialect: chat, generate, models and what is loaded (`spec/ollama.md`), as Ollama 0.33.0 speaks it.
 
-Understood but not offered yet, and refused with a 400 that says so: `logprobs`, `_debug_render_only`, a `template` in
-the request, `suffix`, and images in raw mode.
+Understood but not offered yet, and refused with a 400 that says so: `_debug_render_only`, a `template` in the request,
+`suffix`, and images in raw mode.
 
 Deliberate divergences from Ollama, each with its reason:
 
@@ -9,9 +9,14 @@ Deliberate divergences from Ollama, each with its reason:
   `show` names the template that Ollama would use, because clients look for `.Suffix` and `.Thinking` in it.
 - All tool calls of an answer come on its last object, as in Ollama's native mode, since that is the mode we are in. A
   call whose arguments are no JSON has an empty object for arguments; Ollama fails the whole answer.
-- `shift` has no effect: a full window ends the answer with `length` and forgets nothing on the way.
+- An answer whose prompt was cut, or whose window moved on, says so on its last object: `truncated`, and
+  `prompt_tokens_sent`, what the prompt was before it was cut. Other answers have neither.
 - `truncate: false` and a prompt that is too long answers with the one text that Ollama has for it elsewhere.
-- Numbers in `options` beyond a machine word are moved to the bound, threads and batch sizes to what a machine can bear.
+- Numbers in `options` beyond a machine word are moved to the bound, threads and batch sizes to what a machine can bear,
+  and `repeat_penalty` to what is above zero.
+- llama.cpp's further samplers count in `options`: `mirostat`, `mirostat_tau`, `mirostat_eta`, `top_n_sigma`, `xtc_...`,
+  `dry_...`, `dynatemp_...`, `ignore_eos` and `logit_bias`. Older Ollamas had some of them and today's ignores them all
+  whatever they are, so that one with a wrong type or out of range is ignored here too.
 - Token ids in `context` that are negative are refused at once; a null inside a list is refused instead of being empty.
 - An unexpected exception is a 500 with `{"error":"internal server error"}` and not with an empty body, which clients
   cannot read.
