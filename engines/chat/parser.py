@@ -64,6 +64,16 @@ class ReplyParser:
         return self._state == "thinking"
 
     @property
+    def is_calling(self) -> bool:
+        """Whether the text arriving now is a tool call, shown or not once it is whole."""
+        return self._state == "call"
+
+    @property
+    def skips_space(self) -> bool:
+        """Whether all that arrived since the last marker was white space, which is not shown."""
+        return self._drops_space
+
+    @property
     def has_calls(self) -> bool:
         """Whether a tool call was made."""
         return self._num_calls > 0

@@ -45,8 +45,10 @@ class PromptBuilder:
     def build(self, request: GenerateRequest, *, num_ctx: int) -> Prompt:
         """The prompt of a request, leaving room for at least one token in a window of `num_ctx`.
 
+        A prompt that may be shortened and shifted later loses its middle, as the window itself would lose it.
+
         Raises:
-            PromptTooLong: it does not fit, and may not or cannot be shortened.
+            PromptTooLong: it does not fit, and may not be shortened.
             TemplateError: the template refused the messages. BadRequest: there is nothing to prefill.
         """
         if request.messages is None:
@@ -57,9 +59,22 @@ class PromptBuilder:
             prompt = self._fit(request, request.messages, num_ctx)
         if not prompt.tokens:
             raise BadRequest("the prompt is empty", param="prompt")
-        if len(prompt.tokens) >= num_ctx:
+        if len(prompt.tokens) < num_ctx:
+            return prompt
+        if not (request.truncate and request.shift):
             raise PromptTooLong(len(prompt.tokens), num_ctx)
-        return prompt
+        return self._without_middle(prompt, request.num_keep, num_ctx)
+
+    def _without_middle(self, prompt: Prompt, num_keep: int, num_ctx: int) -> Prompt:
+        """Ollama's last resort (`spec/ollama.md` section 8.4): the beginning to keep, and an end that leaves room.
+
+        About half of what is not kept stays free, so that the answer does not fill the window at once.
+        """
+        keep = min(num_keep + (self._bos != ""), num_ctx // 2) if num_keep >= 0 else num_ctx // 2
+        end = max((num_ctx - keep) // 2, 1)
+        tokens = [*prompt.tokens[:keep], *prompt.tokens[-end:]]
+        lost = prompt.truncated_tokens + len(prompt.tokens) - len(tokens)
+        return Prompt(tokens, lost, prompt.in_thinking)
 
     def _fit(self, request: GenerateRequest, messages: Sequence[Message], num_ctx: int) -> Prompt:
         """The chat as it is or, when it may be shortened, without its oldest messages.

@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import sys
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -36,6 +37,8 @@ _RUN = re.compile(r"\S{4096}|\s{4096}")
 _LONG_TEXT = 16 * 1024
 _MARKERS_AT_ONCE = 256
 _SPECIAL_ATTRIBUTES = lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+
+_CACHE_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0, "q4_0": lib.GGML_TYPE_Q4_0}
 
 RANDOM_SEED = 0xFFFFFFFF  # llama.h LLAMA_DEFAULT_SEED: asks for a random one, so it cannot be a seed
 
@@ -73,24 +76,36 @@ class Model:
         self,
         path: Path,
         *,
+        parts: Sequence[str] = (),
+        adapters: Sequence[str] = (),
         num_gpu: int = -1,
         main_gpu: int | None = None,
+        tensor_split: Sequence[float] = (),
         use_mmap: bool | None = None,
+        use_mlock: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = num_gpu
-        if main_gpu is not None:
+        if main_gpu is not None and lib.llama_supports_gpu_offload():  # without a device, none is the main one
             params.main_gpu = main_gpu
             params.split_mode = lib.LLAMA_SPLIT_MODE_NONE
-        if use_mmap is not None:
-            params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
+        if tensor_split:
+            shares = tuple(tensor_split[: lib.LLAMA_MAX_DEVICES])
+            self._split = (ctypes.c_float * lib.LLAMA_MAX_DEVICES)(*shares)  # kept: C holds the pointer
+            params.tensor_split = self._split
+        params.load_mode = _load_mode(use_mmap, use_mlock=use_mlock)
         self._progress = lib.llama_progress_callback(_progress_to(on_progress))  # kept: C holds the pointer
         params.progress_callback = self._progress
-        self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if parts:
+            paths = (ctypes.c_char_p * len(parts))(*map(os.fsencode, parts))
+            self.handle = lib.llama_model_load_from_splits(paths, len(parts), params)
+        else:
+            self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp could not load {path.name}")
+        self.adapters = [self._load_adapter(adapter) for adapter in adapters]
         self.vocab = lib.llama_model_get_vocab(self.handle)
         self.num_tokens = int(lib.llama_vocab_n_tokens(self.vocab))
         self.num_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
@@ -101,6 +116,14 @@ class Model:
         self.has_window = int(lib.llama_model_n_swa(self.handle)) > 0
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._ends: dict[int, bool] = {}
+
+    def _load_adapter(self, path: str) -> object:
+        """A LoRA adapter, which is freed with the model."""
+        adapter = lib.llama_adapter_lora_init(self.handle, os.fsencode(path))
+        if not adapter:
+            self.close()
+            raise ModelLoadFailed(f"llama.cpp could not load the adapter {Path(path).name}: is it for this model?")
+        return adapter
 
     def close(self) -> None:
         """Free the weights. Contexts on them must be closed first."""
@@ -190,6 +213,11 @@ class Model:
         end_of_turn = int(lib.llama_vocab_eot(self.vocab))
         return end_of_turn if end_of_turn >= 0 else int(lib.llama_vocab_eos(self.vocab))
 
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """Every token that ends a generation. The first look takes some 50 ms for a large vocabulary."""
+        return [token for token in range(self.num_tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
+
     def single_token(self, text: str) -> int | None:
         """The one token that spells `text`, or None when it takes several."""
         tokens = self.tokenize(text, add_special=False, parse_special=True)
@@ -212,6 +240,14 @@ def _progress_to(on_progress: Callable[[float], None] | None) -> Callable[[float
     return report
 
 
+def _load_mode(use_mmap: bool | None, *, use_mlock: bool) -> int:
+    if use_mlock:
+        return int(lib.LLAMA_LOAD_MODE_MLOCK if use_mmap is False else lib.LLAMA_LOAD_MODE_MMAP_MLOCK)
+    if use_mmap is None:
+        return int(lib.LLAMA_LOAD_MODE_AUTO)
+    return int(lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE)
+
+
 class Context:
     """One KV cache and the batch buffer that feeds it.
 
@@ -219,19 +255,35 @@ class Context:
     more. Positions of a sequence must be contiguous from 0; llama_decode refuses a gap.
     """
 
-    def __init__(self, model: Model, *, num_cells: int, num_sequences: int, num_batch: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_cells: int,
+        num_sequences: int,
+        num_batch: int,
+        num_outputs: int,
+        num_threads: int,
+        flash_attention: bool | None = None,
+        cache_type: str = "f16",
+    ) -> None:
         params = lib.llama_context_default_params()
         params.n_ctx = num_cells
         params.n_batch = num_batch
         params.n_ubatch = min(num_batch, 512)
         params.n_seq_max = num_sequences
-        params.n_outputs_max = num_sequences  # one row of logits a sequence a step, not one for each prompt token
+        params.n_outputs_max = num_outputs  # rows of logits of a step; llama.cpp aborts when asked for more
         params.n_threads = params.n_threads_batch = num_threads
         params.kv_unified = True
         params.no_perf = True
+        params.type_k = params.type_v = _CACHE_TYPES[cache_type]
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)  # llama.h llama_flash_attn_type: 0 disabled, 1 enabled
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ModelLoadFailed("llama.cpp could not create a context; there may not be enough memory for it")
+        if model.adapters:
+            self._apply(model.adapters)
         self.num_cells = int(lib.llama_n_ctx(self.handle))
         self.num_batch = int(lib.llama_n_batch(self.handle))
         self._num_tokens = model.num_tokens
@@ -246,6 +298,14 @@ class Context:
         self._seq_ids = [np.ctypeslib.as_array(self._batch.seq_id[i], (1,)) for i in range(self.num_batch)]
         self._count = 0
 
+    def _apply(self, adapters: Sequence[object]) -> None:
+        """Let every adapter take part in every request, in full."""
+        handles = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+        scales = (ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
+        if lib.llama_set_adapters_lora(self.handle, handles, len(adapters), scales) != 0:
+            lib.llama_free(self.handle)
+            raise ModelLoadFailed("llama.cpp could not apply the adapters")
+
     def close(self) -> None:
         """Free the cache and the batch."""
         if self.handle:
@@ -257,17 +317,18 @@ class Context:
         """Start a new batch."""
         self._count = 0
 
-    def add(self, slot: int, tokens: Sequence[int], position: int, *, wants_logits: bool) -> int:
+    def add(self, slot: int, tokens: Sequence[int], position: int, *, wants_logits: bool, wants_all: bool) -> int:
         """Append `tokens` of the sequence in `slot`, the first at `position`.
 
         Returns:
-            The batch index of the last one, whose logits are computed when `wants_logits`.
+            The batch index of the last one, whose logits are computed when `wants_logits`. With `wants_all` those of
+            every one are; a batch may ask for `num_outputs` in all.
         """
         start, end = self._count, self._count + len(tokens)
         self._token[start:end] = tokens
         self._pos[start:end] = range(position, position + len(tokens))
-        self._wants_logits[start:end] = 0
-        self._wants_logits[end - 1] = wants_logits
+        self._wants_logits[start:end] = wants_all
+        self._wants_logits[end - 1] = wants_logits or wants_all
         for i in range(start, end):
             self._seq_ids[i][0] = slot
         self._count = end
@@ -299,22 +360,93 @@ class Context:
         """Forget everything in `slot` from position `start` on; cells that nobody else shares are free again."""
         lib.llama_memory_seq_rm(self._memory, slot, start, -1)
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether positions can be moved after the fact."""
+        return bool(lib.llama_memory_can_shift(self._memory))
+
+    def close_up(self, slot: int, start: int, count: int) -> None:
+        """Forget `count` positions of `slot` from `start` on and move what follows there; nobody else may hold it."""
+        lib.llama_memory_seq_rm(self._memory, slot, start, start + count)
+        lib.llama_memory_seq_add(self._memory, slot, start + count, -1, -count)
+
+    def state(self, slot: int) -> memoryview:
+        """Everything that `slot` holds, as bytes that `set_state` takes; empty when llama.cpp cannot say."""
+        size = int(lib.llama_state_seq_get_size(self.handle, slot))
+        data = np.empty(size, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = int(lib.llama_state_seq_get_data(self.handle, pointer, size, slot))
+        return data.data[:written]
+
+    def set_state(self, slot: int, state: bytes) -> bool:
+        """Fill the empty `slot` with a state of a context like this one; False, and still empty, when there is no room.
+
+        llama.cpp checks shapes and types and nothing else: only states whose origin is certain may come here.
+        """
+        data = np.frombuffer(state, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if lib.llama_state_seq_set_data(self.handle, pointer, len(data), slot):
+            return True
+        self.remove(slot)
+        return False
+
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""One token that may come next: llama.h `llama_token_data`."""
+
+Candidates = npt.NDArray[np.void]
+"""Tokens to choose among, shape (n,), of dtype CANDIDATE."""
+
 
 class Sampler:
-    """A chain of llama.cpp samplers for one sequence, in llama-server's order.
+    """A chain of llama.cpp samplers for one sequence, in llama-server's order (common/sampling.cpp).
 
     Args:
-        model: for the size of the vocabulary.
-        sampling: every field said; see `Sampling` for what is off.
+        model: for the vocabulary, and what it was trained with.
+        sampling: every field said; see `Sampling` for what is off. bias: what is added to which token's logit.
         history: the prompt, whose last tokens the penalties look at.
     """
 
-    def __init__(self, model: Model, sampling: Sampling, history: Sequence[int], *, num_ctx: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        num_ctx: int,
+        bias: Sequence[tuple[int, float]] = (),
+    ) -> None:
         params = lib.llama_sampler_chain_default_params()
         params.no_perf = True
         self.chain = lib.llama_sampler_chain_init(params)
-        window = num_ctx if (sampling.repeat_last_n or 0) < 0 else min(sampling.repeat_last_n or 0, num_ctx)
-        if window and has_penalties(sampling):
+        self._array = lib.llama_token_data_array()
+        self._add_bias(model, bias)
+        self._add_penalties(model, sampling, num_ctx)
+        window = num_ctx if has_dry(sampling) else penalty_window(sampling, num_ctx)
+        for token in history[-window:] if window else ():
+            lib.llama_sampler_accept(self.chain, token)
+        seed = fold_seed(sampling.seed)
+        if is_greedy(sampling):
+            self._add(lib.llama_sampler_init_greedy())
+        elif sampling.mirostat in (1, 2):
+            self._add(self._temperature(sampling))
+            self._add(_mirostat(model, sampling, seed))
+        else:
+            self._add_filters(model, sampling, seed)
+            self._add(self._temperature(sampling))
+            self._add(lib.llama_sampler_init_dist(seed))
+
+    def _add(self, sampler: object) -> None:
+        lib.llama_sampler_chain_add(self.chain, sampler)
+
+    def _add_bias(self, model: Model, bias: Sequence[tuple[int, float]]) -> None:
+        if bias:
+            entries = (lib.llama_logit_bias * len(bias))(*bias)
+            self._add(lib.llama_sampler_init_logit_bias(model.num_tokens, len(bias), entries))
+
+    def _add_penalties(self, model: Model, sampling: Sampling, num_ctx: int) -> None:
+        window = penalty_window(sampling, num_ctx)
+        if window:
             self._add(
                 lib.llama_sampler_init_penalties(
                     model.num_tokens,
@@ -324,11 +456,24 @@ class Sampler:
                     sampling.presence_penalty or 0.0,
                 )
             )
-            for token in history[-window:]:
-                lib.llama_sampler_accept(self.chain, token)
-        if is_greedy(sampling):
-            self._add(lib.llama_sampler_init_greedy())
-            return
+        if has_dry(sampling):
+            last = sampling.dry_penalty_last_n
+            breakers = [text.encode("utf-8", "replace") for text in sampling.dry_sequence_breakers or ()]
+            self._add(
+                lib.llama_sampler_init_dry(
+                    model.vocab,
+                    sampling.dry_multiplier,
+                    sampling.dry_base,
+                    sampling.dry_allowed_length,
+                    num_ctx if last is None or last < 0 else min(last, num_ctx),
+                    (ctypes.c_char_p * len(breakers))(*breakers),
+                    len(breakers),
+                )
+            )
+
+    def _add_filters(self, model: Model, sampling: Sampling, seed: int) -> None:
+        if sampling.top_n_sigma and sampling.top_n_sigma > 0:
+            self._add(lib.llama_sampler_init_top_n_sigma(sampling.top_n_sigma))
         if sampling.top_k and 0 < sampling.top_k < model.num_tokens:
             self._add(lib.llama_sampler_init_top_k(sampling.top_k))
         if sampling.typical_p is not None and sampling.typical_p < 1:
@@ -337,32 +482,76 @@ class Sampler:
             self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
         if sampling.min_p:
             self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
-        self._add(lib.llama_sampler_init_temp(sampling.temperature or 0.0))
-        self._add(lib.llama_sampler_init_dist(fold_seed(sampling.seed)))
+        if has_xtc(sampling):
+            self._add(lib.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold or 0.0, 1, seed))
 
-    def _add(self, sampler: object) -> None:
-        lib.llama_sampler_chain_add(self.chain, sampler)
+    @staticmethod
+    def _temperature(sampling: Sampling) -> object:
+        temperature = sampling.temperature or 0.0
+        if sampling.dynatemp_range:
+            exponent = 1.0 if sampling.dynatemp_exponent is None else sampling.dynatemp_exponent
+            return lib.llama_sampler_init_temp_ext(temperature, sampling.dynatemp_range, exponent)
+        return lib.llama_sampler_init_temp(temperature)
 
     def sample(self, context: Context, index: int) -> int:
         """Choose the next token from the logits at a batch index, and remember it."""
         return int(lib.llama_sampler_sample(self.chain, context.handle, index))
 
+    def choose(self, candidates: Candidates) -> int:
+        """Choose among the candidates alone, whose array is overwritten, and remember what was chosen."""
+        pointer = ctypes.cast(candidates.ctypes.data, ctypes.POINTER(lib.llama_token_data))
+        array = self._array
+        array.data, array.size, array.selected, array.sorted = pointer, len(candidates), -1, False
+        lib.llama_sampler_apply(self.chain, ctypes.byref(array))
+        token = int(array.data[array.selected].id)
+        lib.llama_sampler_accept(self.chain, token)
+        return token
+
     def close(self) -> None:
-        """Free the chain."""
+        """Free the chain. Harmless when done twice."""
         if self.chain:
             lib.llama_sampler_free(self.chain)
             self.chain = None
 
+    def __del__(self) -> None:  # of a request that was cancelled before anyone ran it
+        self.close()
+
+
+def _mirostat(model: Model, sampling: Sampling, seed: int) -> object:
+    tau = 5.0 if sampling.mirostat_tau is None else sampling.mirostat_tau
+    eta = 0.1 if sampling.mirostat_eta is None else sampling.mirostat_eta
+    if sampling.mirostat == 1:
+        return lib.llama_sampler_init_mirostat(model.num_tokens, seed, tau, eta, 100)  # 100: as in llama-server
+    return lib.llama_sampler_init_mirostat_v2(seed, tau, eta)
+
 
 def is_greedy(sampling: Sampling) -> bool:
     """Whether the most likely token is always the one."""
-    return (sampling.temperature or 0.0) <= 0 or sampling.top_k == 1
+    return sampling.top_k == 1 or ((sampling.temperature or 0.0) <= 0 and not has_xtc(sampling))
 
 
-def has_penalties(sampling: Sampling) -> bool:
-    """Whether earlier tokens change the logits."""
+def has_xtc(sampling: Sampling) -> bool:
+    """Whether the likeliest tokens are left out now and then; llama.cpp turns thresholds above 0.5 off."""
+    return (sampling.xtc_probability or 0.0) > 0 and (sampling.xtc_threshold or 0.0) <= 0.5
+
+
+def has_dry(sampling: Sampling) -> bool:
+    """Whether sequences that were said before are penalised."""
+    return (
+        bool(sampling.dry_multiplier)
+        and sampling.dry_base is not None
+        and sampling.dry_base >= 1
+        and sampling.dry_penalty_last_n != 0
+    )
+
+
+def penalty_window(sampling: Sampling, num_ctx: int) -> int:
+    """How many of the last tokens change the logits of those like them; 0 when none does."""
     said = (sampling.repeat_penalty or 1.0, sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0)
-    return sampling.repeat_last_n != 0 and said != (1.0, 0.0, 0.0)
+    if said == (1.0, 0.0, 0.0):
+        return 0
+    last = sampling.repeat_last_n or 0
+    return num_ctx if last < 0 else min(last, num_ctx)
 
 
 def fold_seed(seed: int | None) -> int:
@@ -375,7 +564,9 @@ def fold_seed(seed: int | None) -> int:
 
 def guidance_tokenizer(model: Model) -> LLTokenizer:
     """The vocabulary as llguidance needs it, every token that ends a generation included. Takes about a second."""
-    return lltokenizer_from_vocab(model.vocab, eos_token=[model.end_token, *model.end_tokens])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # llguidance 1.3 uses llama_token_get_attr, once a token
+        return lltokenizer_from_vocab(model.vocab, eos_token=[model.end_token, *model.end_tokens])
 
 
 def version() -> str:

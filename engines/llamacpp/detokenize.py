@@ -6,7 +6,10 @@ Both filters share one form: `decode(chunk)` returns what is safe to send now, `
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Callable, Sequence
+
+from engines.events import TokenLogprob
 
 
 class Detokenizer:
@@ -67,6 +70,9 @@ class StopFilter:
 class TextStream:
     """One sequence's way from token to text, until an end token or a stop string.
 
+    Tokens that are told of travel with the text that they complete: while text is held back, so are they, and what a
+    stop string drops is dropped with its tokens.
+
     Args:
         piece: the bytes of a token. is_end: whether a token ends the generation.
     """
@@ -77,24 +83,40 @@ class TextStream:
         self._detokenizer = Detokenizer()
         self._stops = StopFilter(stops)
         self._ready: list[str] = []
+        self._num_seen = 0  # characters of all tokens so far
+        self._num_taken = 0  # characters that left
+        self._told: deque[tuple[int, TokenLogprob]] = deque()  # each with the characters seen when it was complete
 
-    def accept(self, token: int) -> bool:
-        """Take in a token; True when it ends the answer."""
+    def accept(self, token: int, told: TokenLogprob | None = None) -> bool:
+        """Take in a token, and what is to be told of it; True when it ends the answer."""
         if self._is_end(token):
             return True
-        self._ready.append(self._stops.decode(self._detokenizer.decode(self._piece(token))))
+        text = self._detokenizer.decode(self._piece(token))
+        self._num_seen += len(text)
+        if told is not None:
+            self._told.append((self._num_seen, told))
+        self._ready.append(self._stops.decode(text))
         return self._stops.matched
 
-    def take(self) -> str:
-        """The text that became safe to send since the last call."""
+    def take(self) -> tuple[str, tuple[TokenLogprob, ...]]:
+        """The text that became safe to send since the last call, and its tokens."""
         if not self._ready:
-            return ""
+            return "", ()
         text = "".join(self._ready)
         self._ready.clear()
-        return text
+        self._num_taken += len(text)
+        return text, self._take_told() if self._told else ()
 
-    def flush(self) -> str:
+    def _take_told(self) -> tuple[TokenLogprob, ...]:
+        told = []
+        while self._told and self._told[0][0] <= self._num_taken:
+            told.append(self._told.popleft()[1])
+        return tuple(told)
+
+    def flush(self) -> tuple[str, tuple[TokenLogprob, ...]]:
         """The rest, once the answer is over."""
-        self._ready.append(self._stops.decode(self._detokenizer.flush()))
+        rest = self._detokenizer.flush()
+        self._num_seen += len(rest)
+        self._ready.append(self._stops.decode(rest))
         self._ready.append(self._stops.flush())
         return self.take()

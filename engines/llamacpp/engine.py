@@ -12,8 +12,7 @@ import faulthandler
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -32,25 +31,26 @@ from engines.errors import (
     UnsupportedFeature,
     WorkerCrashed,
 )
-from engines.events import ChoiceFinished, Delta, Event, Finished, FinishReason, TextDelta, Timings, Usage
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
-from engines.llamacpp.bindings import Context, Model
+from engines.llamacpp.bindings import Context, Model, version
 from engines.llamacpp.constraints import ConstrainedChooser, Grammars
 from engines.llamacpp.detokenize import TextStream
+from engines.llamacpp.generation import LlamaCppGeneration
+from engines.llamacpp.hparams import read_hyperparameters
+from engines.llamacpp.layout import lay_out
 from engines.llamacpp.loop import EngineLoop, Output
-from engines.llamacpp.sampling import make_chooser
-from engines.llamacpp.scheduler import Scheduler
+from engines.llamacpp.pace import Pace
+from engines.llamacpp.sampling import make_chooser, resolve_bias
+from engines.llamacpp.scheduler import MAX_MEASURED, Scheduler
 from engines.llamacpp.sequence import Sequence, TokenChooser
+from engines.llamacpp.shelf import Shelf, fingerprint
 from engines.request import GenerateRequest, Sampling
 from engines.store.gguf import read_header
 
 log = logging.getLogger(__name__)
 
-DEFAULT_NUM_CTX = 4096
 PROMPT_LIMIT_S = 30.0
 MAX_STOPS = 256
-KEPT_SEQUENCES = 32
-"""Slots beyond those that run, for prefixes of finished requests."""
 
 DEFAULTS = Sampling(
     temperature=0.8,
@@ -65,8 +65,26 @@ DEFAULTS = Sampling(
     seed=-1,
     stop=(),
     max_tokens=-1,
+    top_n_sigma=0.0,
+    xtc_probability=0.0,
+    xtc_threshold=0.1,
+    dry_multiplier=0.0,
+    dry_base=1.75,
+    dry_allowed_length=2,
+    dry_penalty_last_n=-1,
+    dry_sequence_breakers=("\n", ":", '"', "*"),
+    mirostat=0,
+    mirostat_tau=5.0,
+    mirostat_eta=0.1,
+    dynatemp_range=0.0,
+    dynatemp_exponent=1.0,
+    logit_bias=(),
+    ignore_eos=False,
 )
-"""What holds where nobody says anything: Ollama's defaults (`spec/ollama.md` section 3)."""
+"""What holds where nobody says anything: Ollama's defaults (`spec/ollama.md` section 3), beyond them llama-server's."""
+
+SHIFTED_WINDOWS = 10
+"""Windows that an answer without a limit may fill when its window shifts (`spec/ollama.md` section 3, num_predict)."""
 
 
 class LlamaCppEngine(InferenceBackend):
@@ -82,32 +100,57 @@ class LlamaCppEngine(InferenceBackend):
         self._model: Model | None = None
         self._generations: dict[Sequence, LlamaCppGeneration] = {}
         self._failure: BaseException | None = None
+        self._progress = 0.0
 
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Load a GGUF. The file is checked before a model that is already loaded is given up."""
         async with self._loading:
-            await asyncio.to_thread(_check_file, model_path)
+            await asyncio.to_thread(_check_file, model_path, config.parts)
             await self._unload()
+            self._progress = 0.0
             model = await asyncio.to_thread(self._load, model_path, config)
             self._events = asyncio.get_running_loop()
-            self._loop = EngineLoop(self._context, self._scheduler, self._publish, self._fail)
+            self._loop = EngineLoop(
+                self._context,
+                self._scheduler,
+                self._publish,
+                self._fail,
+                pace=Pace(slowdown=config.prefill_slowdown, max_chunk=self._scheduler.num_batch),
+                piece=model.piece,
+                shelf=self._shelf,
+            )
             self._loop.start()
             self.model_path, self.config, self._model, self._failure = model_path, config, model, None
 
+    def _note_progress(self, fraction: float) -> None:
+        """From the thread that loads."""
+        self._progress = fraction
+
     def _load(self, path: Path, config: LoadConfig) -> Model:
-        main_gpu = config.gpu_ids[0] if config.gpu_ids else None
-        model = Model(path, num_gpu=config.gpu_layers, main_gpu=main_gpu, use_mmap=config.use_mmap)
+        model = Model(
+            path,
+            parts=config.parts,
+            adapters=config.adapters,
+            num_gpu=config.gpu_layers,
+            main_gpu=config.gpu_ids[0] if config.gpu_ids else None,
+            tensor_split=config.tensor_split,
+            use_mmap=config.use_mmap,
+            use_mlock=config.use_mlock,
+            on_progress=self._note_progress,
+        )
         try:
-            self._num_ctx = _window(config.context_size, model.num_ctx_train)
-            # Finished sequences keep their slots, so there are more than can run; recurrent memory pays for each.
-            num_slots = config.num_sequences + (0 if model.is_recurrent else KEPT_SEQUENCES)
+            layout = lay_out(config, model.num_ctx_train, is_recurrent=model.is_recurrent)
+            self._num_ctx = layout.num_ctx
             cores = len(os.sched_getaffinity(0))
             self._context = Context(
                 model,
-                num_cells=self._num_ctx * config.num_parallel,
-                num_sequences=num_slots,
-                num_batch=max(config.num_batch, num_slots),
+                num_cells=layout.num_cells,
+                num_sequences=layout.num_slots,
+                num_batch=layout.num_batch,
+                num_outputs=layout.num_slots + MAX_MEASURED,
                 num_threads=min(config.num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
+                flash_attention=config.flash_attention,
+                cache_type=config.cache_type,
             )
             bos, eos = model.special_text("bos"), model.special_text("eos")
             template = ChatTemplate(model.chat_template() or CHATML, bos=bos, eos=eos)
@@ -115,13 +158,17 @@ class LlamaCppEngine(InferenceBackend):
             model.close()
             raise
         self._builder = PromptBuilder(template, _tokenizer(model), bos=bos if model.adds_bos else "")
+        # A sliding window's cells are overwritten once they are masked, so an old prefix may be there no longer; and
+        # recurrent memory is one state, of which no part can be taken.
+        shares_prefixes = not (model.is_recurrent or model.has_window)
+        self._shelf = _open_shelf(path, config) if shares_prefixes else None
         self._scheduler = Scheduler(
             num_cells=self._context.num_cells,
-            num_slots=num_slots,
+            num_slots=layout.num_slots,
             num_batch=self._context.num_batch,
-            # A sliding window's cells are overwritten once they are masked, so an old prefix may be there no longer.
-            shares_prefixes=not (model.is_recurrent or model.has_window),
+            shares_prefixes=shares_prefixes,
             kept_cells=self._num_ctx // 2,
+            shelf=self._shelf,
         )
         self._grammars = Grammars(model)
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompt")
@@ -139,6 +186,7 @@ class LlamaCppEngine(InferenceBackend):
         await asyncio.to_thread(self._loop.stop)
         self._end_all(ServerBusy("the model was unloaded"))
         await asyncio.to_thread(self._prompts.shutdown)
+        self._grammars.close()
         self._context.close()
         model.close()
         self.model_path = self.config = None
@@ -162,7 +210,7 @@ class LlamaCppEngine(InferenceBackend):
     def stats(self) -> EngineStats:
         """What the loop is doing."""
         if self._model is None:
-            return EngineStats()
+            return EngineStats(load_progress=self._progress)
         return EngineStats(
             num_ctx=self._num_ctx,
             num_cells=self._context.num_cells,
@@ -178,28 +226,35 @@ class LlamaCppEngine(InferenceBackend):
         arrived = time.monotonic()
         if any(message.images for message in request.messages or ()):
             raise UnsupportedFeature("this model is missing data required for image input", param="images")
-        sampling = request.sampling.over(DEFAULTS)
-        if len(sampling.stop or ()) > MAX_STOPS:  # every token of everyone waits while they are compared
+        if len(request.sampling.stop or ()) > MAX_STOPS:  # every token of everyone waits while they are compared
             raise BadRequest(f"there may be at most {MAX_STOPS} stop strings", param="stop")
-        num_ctx = min(request.load.num_ctx or self._num_ctx, self._num_ctx)
-        prompt = await asyncio.get_running_loop().run_in_executor(self._prompts, self._build, request, num_ctx)
-        self._require_loaded()
-        if self._failure is not None:
-            raise WorkerCrashed(str(self._failure))
         matcher = None
         if request.format is not None:  # before anything runs, so that a bad schema is refused
             matcher = await asyncio.to_thread(self._grammars.compile, request.format)
             self._require_loaded()
-        generation = LlamaCppGeneration(self, request, prompt, arrived)
-        for index in range(request.num_choices):
-            sequence = self._sequence(prompt, _with_seed(sampling, index), num_ctx, arrived)
-            if matcher is not None:
-                may_think = bool(request.think) and request.messages is not None
-                sequence.sampler = self._constrain(sequence.sampler, matcher.deep_copy(), prompt, may_think=may_think)
-            generation.add(sequence, index)
+        events = asyncio.get_running_loop()
+        prompt, sequences = await events.run_in_executor(self._prompts, self._prepare, request, matcher, arrived)
+        self._require_loaded()
+        if self._failure is not None:
+            raise WorkerCrashed(str(self._failure))
+        generation = self._generation(request, prompt, sequences, arrived)
+        for sequence in sequences:
             self._generations[sequence] = generation
             self._loop.submit(sequence)
         return generation
+
+    def _prepare(
+        self, request: GenerateRequest, matcher: LLMatcher | None, arrived: float
+    ) -> tuple[Prompt, list[Sequence]]:
+        """The prompt, and a sequence for each choice. In the thread of prompts: this is work for milliseconds."""
+        num_ctx = min(request.load.num_ctx or self._num_ctx, self._num_ctx)
+        prompt = self._build(request, num_ctx)
+        sampling = request.sampling.over(DEFAULTS)
+        choices = [_with_seed(sampling, index) for index in range(request.num_choices)]
+        return prompt, [
+            self._sequence(request, prompt, choice, matcher, index, num_ctx, arrived)
+            for index, choice in enumerate(choices)
+        ]
 
     def _build(self, request: GenerateRequest, num_ctx: int) -> Prompt:
         if self._model is None:
@@ -213,43 +268,73 @@ class LlamaCppEngine(InferenceBackend):
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _constrain(
-        self, chooser: TokenChooser, matcher: LLMatcher, prompt: Prompt, *, may_think: bool
-    ) -> ConstrainedChooser:
+    def _sequence(
+        self,
+        request: GenerateRequest,
+        prompt: Prompt,
+        sampling: Sampling,
+        matcher: LLMatcher | None,
+        index: int,
+        num_ctx: int,
+        arrived: float,
+    ) -> Sequence:
         assert self._model is not None
-        return ConstrainedChooser(
-            self._model, self._context, chooser, matcher, in_thinking=prompt.in_thinking, may_think=may_think
-        )
-
-    def _sequence(self, prompt: Prompt, sampling: Sampling, num_ctx: int, arrived: float) -> Sequence:
-        assert self._model is not None
-        chooser = make_chooser(self._model, self._context, sampling, prompt.tokens, num_ctx=num_ctx)
+        bias = resolve_bias(self._model, sampling)
+        chooser = make_chooser(self._model, self._context, sampling, prompt.tokens, num_ctx=num_ctx, bias=bias)
+        if matcher is not None:
+            chooser = self._constrain(request, prompt, chooser, matcher)
+        limit = num_ctx * (SHIFTED_WINDOWS if request.shift else 1)
         max_tokens = sampling.max_tokens if sampling.max_tokens is not None else -1
+        num_keep = len(prompt.tokens) if request.num_keep < 0 else request.num_keep + self._model.adds_bos
         return Sequence(
             tokens=list(prompt.tokens),
             num_ctx=num_ctx,
-            max_tokens=max_tokens if max_tokens >= 0 else num_ctx,
+            max_tokens=min(max_tokens, limit) if max_tokens >= 0 else limit,
             sampler=chooser,
             text=TextStream(self._model.piece, self._model.is_end, sampling.stop or ()),
+            priority=request.priority,
+            num_keep=num_keep if request.shift else None,
+            num_logprobs=request.logprobs,
+            echoes=request.echo and request.logprobs is not None and index == 0,
             arrived=arrived,
         )
 
-    def parser(self, request: GenerateRequest, prompt: Prompt, index: int) -> ReplyParser | None:
-        """How to read a reply: raw prompts are answered with raw text."""
-        if request.messages is None:
-            return None
-        return ReplyParser(
-            self._builder.reply_format,
+    def _constrain(
+        self, request: GenerateRequest, prompt: Prompt, chooser: TokenChooser, matcher: LLMatcher
+    ) -> ConstrainedChooser:
+        assert self._model is not None
+        assert request.format is not None
+        return ConstrainedChooser(
+            self._model,
+            self._context,
+            chooser,
+            self._grammars,
+            matcher,
+            triggers=request.format.triggers,
             in_thinking=prompt.in_thinking,
-            with_tools=bool(request.tools),
-            index=index,
+            may_think=bool(request.think) and request.messages is not None,
         )
 
-    def is_end(self, token: int) -> bool:
-        """Whether a token ends a generation."""
-        return self._model is not None and self._model.is_end(token)
+    def _generation(
+        self, request: GenerateRequest, prompt: Prompt, sequences: list[Sequence], arrived: float
+    ) -> LlamaCppGeneration:
+        assert self._model is not None
+        parsers: list[ReplyParser | None] = [None] * len(sequences)
+        if request.messages is not None:  # raw prompts are answered with raw text
+            parsers = [
+                ReplyParser(
+                    self._builder.reply_format,
+                    in_thinking=prompt.in_thinking,
+                    with_tools=bool(request.tools),
+                    index=index,
+                )
+                for index in range(len(sequences))
+            ]
+        return LlamaCppGeneration(
+            request, prompt, sequences, parsers, arrived=arrived, vocabulary=self._model, cancel=self._cancel
+        )
 
-    def cancel(self, sequence: Sequence) -> None:
+    def _cancel(self, sequence: Sequence) -> None:
         """End a sequence; its last output follows."""
         self._loop.cancel(sequence)
 
@@ -278,20 +363,28 @@ class LlamaCppEngine(InferenceBackend):
         self._generations.clear()
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, parts: tuple[str, ...]) -> None:
     """Refuse what is no GGUF before llama.cpp sees it, whose own checks abort the process now and then."""
-    if not path.is_file():
-        raise ModelNotFound(path.name)
-    read_header(path)
+    for part in map(Path, parts or (path,)):
+        if not part.is_file():
+            raise ModelNotFound(part.name)
+        header = read_header(part, arrays=False)
+        if part == path:
+            read_hyperparameters(header)
 
 
-def _window(asked: int | None, trained: int) -> int:
-    """Tokens of one request's window: what was asked for, within what the model was trained with."""
-    if asked is None:
-        asked = DEFAULT_NUM_CTX
-    elif asked <= 0:
-        asked = trained or DEFAULT_NUM_CTX
-    return min(asked, trained) if trained else asked
+def _open_shelf(path: Path, config: LoadConfig) -> Shelf | None:
+    """Where this model's prefixes are on the disk; a folder that cannot be used is no reason not to serve."""
+    if not config.shelf or config.shelf_bytes <= 0:
+        return None
+    files = [Path(file) for file in config.parts] or [path]
+    parameters = f"{version()} {config.cache_type} {config.flash_attention} {config.gpu_layers}"
+    name = fingerprint([*files, *map(Path, config.adapters)], parameters)
+    try:
+        return Shelf(Path(config.shelf), name, config.shelf_bytes)
+    except OSError as error:
+        log.warning("no prefixes are kept on the disk: %s", error)
+        return None
 
 
 def _tokenizer(model: Model) -> Callable[[str, bool], list[int]]:
@@ -303,129 +396,3 @@ def _with_seed(sampling: Sampling, index: int) -> Sampling:
     if index == 0 or sampling.seed is None or sampling.seed < 0:
         return sampling
     return Sampling(seed=sampling.seed + index).over(sampling)
-
-
-class LlamaCppGeneration:
-    """The events of one request, made from the outputs of its sequences."""
-
-    def __init__(self, engine: LlamaCppEngine, request: GenerateRequest, prompt: Prompt, arrived: float) -> None:
-        self._engine = engine
-        self._request = request
-        self._prompt = prompt
-        self._arrived = arrived
-        self._sequences: dict[Sequence, int] = {}
-        self._parsers: list[ReplyParser | None] = []
-        self._reasons: dict[int, FinishReason] = {}
-        self._outputs: deque[Output] = deque()
-        self._ready: deque[Event] = deque()
-        self._news = asyncio.Event()
-        self._error: HeadwaterError | None = None
-        self._thinking_tokens = 0
-        self._is_over = False
-
-    def add(self, sequence: Sequence, index: int) -> None:
-        """A sequence of this request."""
-        self._sequences[sequence] = index
-        self._parsers.append(self._engine.parser(self._request, self._prompt, index))
-
-    def deliver(self, output: Output) -> None:
-        """One output of one of its sequences."""
-        self._outputs.append(output)
-        if output.reason is not None:
-            self._reasons[self._sequences[output.sequence]] = output.reason
-        self._news.set()
-
-    def fail(self, error: HeadwaterError) -> None:
-        """The engine is gone."""
-        self._error = error
-        self._news.set()
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens as the sequences hold them now."""
-        return Usage(
-            prompt_tokens=len(self._prompt.tokens),
-            cached_tokens=next(iter(self._sequences)).num_reused,
-            completion_tokens=sum(sequence.num_generated for sequence in self._sequences),
-            thinking_tokens=self._thinking_tokens,
-            truncated_tokens=self._prompt.truncated_tokens,
-        )
-
-    @property
-    def timings(self) -> Timings:
-        """Times of the first choice; decoding ends with the last."""
-        first = next(iter(self._sequences))
-        now = time.monotonic()
-        started, prefilled = first.scheduled or now, first.first_token or now
-        last = max(sequence.last_token for sequence in self._sequences)
-        return Timings(
-            queue_s=started - self._arrived,
-            prefill_s=prefilled - started,
-            decode_s=max(last - prefilled, 0.0),
-            ttft_s=prefilled - self._arrived,
-            total_s=now - self._arrived,
-        )
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        while not self._ready:
-            if self._is_over:
-                raise StopAsyncIteration
-            await self._more()
-        event = self._ready.popleft()
-        self._is_over = self._is_over or isinstance(event, Finished)
-        return event
-
-    async def _more(self) -> None:
-        """Wait for outputs and turn them into events."""
-        while not self._outputs:
-            if self._error is not None:
-                raise self._error
-            self._news.clear()
-            await self._news.wait()
-        while self._outputs:
-            self._read(self._outputs.popleft())
-        if len(self._reasons) == len(self._sequences):
-            self._ready.append(Finished(self._reasons[0], self.usage, self.timings, self._tokens()))
-
-    def _read(self, output: Output) -> None:
-        index = self._sequences[output.sequence]
-        parser = self._parsers[index]
-        if parser is None:
-            deltas: list[Delta] = [TextDelta(output.text, index)] if output.text else []
-        else:
-            has_token = output.reason is not FinishReason.CANCEL and output.sequence.num_generated > 0
-            self._thinking_tokens += parser.is_thinking and has_token
-            deltas = parser.decode(output.text) if output.text else []
-            if output.reason is not None:
-                deltas += parser.flush()
-        self._ready.extend(deltas)
-        if output.reason is not None:
-            reason = output.reason
-            if parser is not None and parser.has_calls and reason is FinishReason.STOP:
-                reason = FinishReason.TOOL_CALLS
-            self._reasons[index] = reason
-            self._ready.append(ChoiceFinished(reason, index))
-
-    def _tokens(self) -> tuple[int, ...]:
-        if not self._request.return_tokens:
-            return ()
-        first = next(iter(self._sequences))
-        ended = first.num_generated > 0 and self._engine.is_end(first.tokens[-1])
-        return tuple(first.tokens[:-1] if ended else first.tokens)
-
-    async def aclose(self) -> None:
-        """Cancel what is running and wait, at most one step, until it has stopped."""
-        if not self._is_over:
-            for sequence, index in self._sequences.items():
-                if index not in self._reasons:
-                    self._engine.cancel(sequence)
-            while len(self._reasons) < len(self._sequences) and self._error is None:
-                self._news.clear()
-                await self._news.wait()
-            while self._outputs:  # nobody reads them any more, but they count
-                self._read(self._outputs.popleft())
-        self._is_over = True
-        self._ready.clear()

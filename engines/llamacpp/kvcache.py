@@ -27,6 +27,14 @@ class Run:
     holders: set[int] = field(default_factory=set)
 
 
+@dataclass(eq=False, slots=True)
+class Kept:
+    """What a finished sequence left behind: the tokens whose cells its slot holds, and the rank of who left it."""
+
+    tokens: Tokens
+    rank: int
+
+
 class KVCache:
     """Cells, slots, and what finished sequences left behind.
 
@@ -40,7 +48,7 @@ class KVCache:
         self.num_idle_cells = 0  # held by kept slots alone
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._runs: dict[int, list[Run]] = {}
-        self._kept: OrderedDict[int, Tokens] = OrderedDict()  # least recently used first
+        self._kept: OrderedDict[int, Kept] = OrderedDict()  # least recently used first
 
     def __repr__(self) -> str:
         return f"<KVCache free={self.num_free_cells}/{self.num_cells} kept={len(self._kept)}>"
@@ -134,11 +142,40 @@ class KVCache:
                 freed += min(run.length, max(end - count, 0))
         return freed
 
-    def keep(self, slot: int, tokens: Iterable[int]) -> None:
-        """Remember a finished sequence: `tokens` are those whose cells its slot holds."""
-        self._kept[slot] = np.fromiter(tokens, np.int32)
-        assert len(self._kept[slot]) == self.length(slot)
+    def keep(self, slot: int, tokens: Iterable[int], rank: int = 0) -> None:
+        """Remember a finished sequence: `tokens` are those whose cells its slot holds, `rank` whose it was."""
+        self._kept[slot] = Kept(np.fromiter(tokens, np.int32), rank)
+        assert len(self._kept[slot].tokens) == self.length(slot)
         self._count_idle()
+
+    def kept_tokens(self, slot: int) -> Tokens:
+        """The tokens whose cells a kept slot holds."""
+        return self._kept[slot].tokens
+
+    def kept_slots(self) -> list[int]:
+        """The slots of finished sequences, least recently used first."""
+        return list(self._kept)
+
+    def can_shift(self, slot: int, start: int) -> bool:
+        """Whether a slot holds everything from position `start` on alone, so that moving it moves nobody else's."""
+        end = 0
+        for run in self._runs[slot]:
+            end += run.length
+            if end > start and run.holders != {slot}:
+                return False
+        return True
+
+    def drop_middle(self, slot: int, start: int, count: int) -> None:
+        """Drop `count` positions of a slot from `start` on, which nobody else holds; what follows moves up."""
+        kept, at = [], 0
+        for run in self._runs[slot]:
+            overlap = max(min(at + run.length, start + count) - max(at, start), 0)
+            at += run.length
+            run.length -= overlap
+            self.num_free_cells += overlap
+            if run.length:
+                kept.append(run)
+        self._runs[slot] = kept
 
     def _count_idle(self) -> None:
         """Done where holders change, a few times a request, so that other threads may read one plain number."""
@@ -147,7 +184,8 @@ class KVCache:
 
     def best_kept(self, tokens: Tokens) -> tuple[int, int] | None:
         """The finished sequence that shares the longest prefix with `tokens`: its slot, and the prefix's length."""
-        best = max(((common_prefix(kept, tokens), slot) for slot, kept in self._kept.items()), default=(0, -1))
+        lengths = ((common_prefix(kept.tokens, tokens), slot) for slot, kept in self._kept.items())
+        best = max(lengths, default=(0, -1))
         if best[0] == 0:
             return None
         self._kept.move_to_end(best[1])
@@ -157,9 +195,26 @@ class KVCache:
         """Whether a slot holds what a finished sequence left behind."""
         return slot in self._kept
 
-    def least_recently_used(self, *, but: int | None = None) -> int | None:
-        """The kept slot to drop first, other than `but`."""
-        return next((slot for slot in self._kept if slot != but), None)
+    def first_to_go(self, *, rank: int = 0, but: int | None = None) -> int | None:
+        """The kept slot to drop first for somebody of `rank`, other than `but`.
+
+        The least recently used one of the lowest class goes first, and nothing that a better class left behind. One
+        whose cells are all in use by others goes last: it frees none.
+        """
+        kept = [slot for slot, each in self._kept.items() if slot != but and each.rank >= rank]
+        return max(kept, key=lambda slot: (self.has_idle_cells(slot), self._kept[slot].rank), default=None)
+
+    def has_idle_cells(self, slot: int) -> bool:
+        """Whether a kept slot holds cells that nobody who runs uses."""
+        return any(run.holders <= self._kept.keys() for run in self._runs[slot])
+
+    def num_idle_for(self, rank: int) -> int:
+        """Cells that would be free if everything that somebody of `rank` may drop were dropped."""
+        if not rank:
+            return self.num_idle_cells
+        mine = {slot for slot, kept in self._kept.items() if kept.rank >= rank}
+        runs = {run for slot in mine for run in self._runs[slot] if run.holders <= mine}
+        return sum(run.length for run in runs)
 
 
 def common_prefix(one: Tokens, other: Tokens) -> int:

@@ -1,7 +1,8 @@
 """The one thread that touches llama.cpp: commands in, one batch of outputs out per step.
 
 The event loop only exchanges commands and outputs with it. A step is: apply what was asked, choose a batch, decode it,
-choose tokens, publish. A cancelled sequence is gone before the next decode begins.
+choose tokens, publish. A cancelled sequence is gone before the next decode begins. What the cache forgets goes to the
+shelf, and comes back from there, between two decodes; reading and writing files is the shelf's own thread's work.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engines.events import FinishReason
+from engines.events import FinishReason, TokenLogprob
 from engines.llamacpp.bindings import Context, DecodeFailed, OutOfCells
+from engines.llamacpp.kvcache import Tokens
+from engines.llamacpp.logprobs import Likelihoods, Piece
 from engines.llamacpp.pace import Pace
-from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler, Trim
+from engines.llamacpp.scheduler import Batch, Change, Clear, Copy, Restore, Scheduler, Slice, Trim
 from engines.llamacpp.sequence import Sequence
+from engines.llamacpp.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step brought one sequence: text to send, and the reason when it is over."""
+    """What one step brought one sequence: text to send, its tokens if they are told, and the reason when it is over."""
 
     sequence: Sequence
     text: str
+    logprobs: tuple[TokenLogprob, ...]
     reason: FinishReason | None
 
 
@@ -40,6 +45,9 @@ class Totals:
     decode_tokens: int = 0
     sampled_tokens: int = 0
     reused_tokens: int = 0
+    saved_tokens: int = 0
+    restored_tokens: int = 0
+    shifted_tokens: int = 0
     preemptions: int = 0
     decode_s: float = 0.0
     overhead_s: float = 0.0
@@ -49,6 +57,8 @@ class EngineLoop:
     """Runs steps in its own thread while there is work, and sleeps while there is none.
 
     Args:
+        pace: how much prefill may ride along with decodes. piece: the bytes of a token, for those who are told.
+        shelf: where prefixes that the cache forgets are saved; None forgets them for good.
         publish: called from the loop thread with the outputs of each step. on_failure: called once if llama.cpp fails
             for good; the loop has ended by then.
     """
@@ -59,15 +69,22 @@ class EngineLoop:
         scheduler: Scheduler,
         publish: Callable[[list[Output]], None],
         on_failure: Callable[[BaseException], None],
+        *,
+        pace: Pace,
+        piece: Piece,
+        shelf: Shelf | None = None,
     ) -> None:
         self.totals = Totals()
         self._context = context
         self._scheduler = scheduler
         self._publish = publish
         self._on_failure = on_failure
-        self._pace = Pace(max_chunk=scheduler.num_batch)
+        self._pace = pace
+        self._piece = piece
+        self._shelf = shelf
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._alive: set[Sequence] = set()
+        self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
     @property
@@ -98,24 +115,28 @@ class EngineLoop:
         self._commands.put(lambda: self._cancel(sequence))
 
     def stop(self) -> None:
-        """End the thread after the current step, wait for it, and free what its sequences held."""
+        """End the thread after the current step, wait for it, save what is cached, and free what sequences held."""
         self._commands.put(None)
         self._thread.join()
         for sequence in self._alive:
             sequence.sampler.close()
+        if self._shelf is not None and not self._has_failed:
+            for change in self._scheduler.forget_all():
+                self._apply(change)
+            self._shelf.close()
 
     def _run(self) -> None:
+        block = True
         try:
-            while self._apply_commands():
-                if not self._scheduler.is_idle:
-                    self.step()
+            while self._apply_commands(block=block):
+                block = self._scheduler.is_idle or not self.step()
         except BaseException as error:  # the thread's outermost frame, and a Rust panic is no Exception
             log.exception("engine loop failed")
+            self._has_failed = True
             self._on_failure(error)
 
-    def _apply_commands(self) -> bool:
+    def _apply_commands(self, *, block: bool) -> bool:
         """Apply what has been asked; wait for something when there is no work. False when the loop is to end."""
-        block = self._scheduler.is_idle
         while True:
             try:
                 command = self._commands.get(block)
@@ -134,31 +155,38 @@ class EngineLoop:
         if sequence in self._alive:
             self._publish([self._finish(sequence, FinishReason.CANCEL)])
 
-    def step(self) -> None:
-        """One turn: schedule, decode, choose, publish."""
+    def step(self) -> bool:
+        """One turn: schedule, decode, choose, publish. False when all who are here wait for the disk."""
         started = time.monotonic()
-        batch = self._scheduler.next_batch()
-        assert batch.slices, f"nothing to compute in {self._scheduler!r}"
+        batch = self._scheduler.next_batch(started)
         for change in batch.changes:
             self._apply(change)
+        for restore in batch.restores:
+            self._fetch(restore)
         self.totals.preemptions += batch.num_preempted
+        if not batch.slices:
+            assert self._scheduler.is_restoring, f"nothing to compute in {self._scheduler!r}"
+            return False
         last_indexes = self._fill(batch, started)
         before = time.monotonic()
         try:
             self._context.decode()
         except OutOfCells:
             self._retreat()
-            return
+            return True
         after = time.monotonic()
         self._count(batch, after - before)
         outputs = self._choose(batch, last_indexes, after)
         if outputs:
             self._publish(outputs)
         self.totals.overhead_s += time.monotonic() - after + before - started
+        return True
 
-    def _apply(self, change: Clear | Copy | Trim) -> None:
+    def _apply(self, change: Change) -> None:
         match change:
-            case Clear(slot):
+            case Clear(slot, tokens):
+                if tokens is not None:
+                    self._save(slot, tokens)
                 self._context.remove(slot)
             case Copy(source, slot, count):
                 self._context.copy(source, slot, count)
@@ -166,6 +194,39 @@ class EngineLoop:
             case Trim(slot, count):
                 self._context.remove(slot, count)
                 self.totals.reused_tokens += count
+
+    def _save(self, slot: int, tokens: Tokens) -> None:
+        """Hand what a slot holds to the shelf, if it is worth it."""
+        if self._shelf is not None and self._shelf.wants(tokens) and (state := self._context.state(slot)):
+            self._shelf.save(tokens, state)
+            self.totals.saved_tokens += len(tokens)
+
+    def _fetch(self, restore: Restore) -> None:
+        """Have a prefix read; its sequence waits, and the loop goes on with others."""
+        assert self._shelf is not None
+
+        def bring(tokens: Tokens, state: bytes | None) -> None:
+            self._commands.put(lambda: self._restore(restore.sequence, tokens, state))
+
+        self._shelf.read(restore.key, bring)
+
+    def _restore(self, sequence: Sequence, tokens: Tokens, state: bytes | None) -> None:
+        """Put a prefix back into the cache, as if its sequence had just finished; whoever waited finds it there."""
+        if sequence not in self._alive:
+            return
+        self._scheduler.restored(sequence)
+        place = self._scheduler.make_place(len(tokens)) if state else None
+        if state is None or place is None:
+            return
+        slot, forgotten = place
+        for change in forgotten:
+            self._apply(change)
+        if self._context.set_state(slot, state):
+            self._scheduler.cache.keep(slot, tokens, sequence.priority.rank)
+            self.totals.restored_tokens += len(tokens)
+        else:
+            log.warning("a saved prefix of %d tokens could not be restored", len(tokens))
+            self._scheduler.cache.close(slot)
 
     def _fill(self, batch: Batch, now: float) -> list[int]:
         """Put the slices into llama.cpp's batch; returns the batch index of each one's last token."""
@@ -177,45 +238,82 @@ class EngineLoop:
             sequence.scheduled = sequence.scheduled or now
             start = sequence.num_cached
             tokens = sequence.tokens[start : start + piece.count]
-            indexes.append(self._context.add(sequence.slot, tokens, start, wants_logits=piece.is_last))
+            measures = sequence.echoes and start < sequence.num_prompt
+            indexes.append(
+                self._context.add(sequence.slot, tokens, start, wants_logits=piece.is_last, wants_all=measures)
+            )
         return indexes
 
     def _choose(self, batch: Batch, last_indexes: list[int], now: float) -> list[Output]:
         """Sample a token for every sequence whose tokens are all computed."""
-        ready = [(p.sequence, i) for p, i in zip(batch.slices, last_indexes, strict=True) if p.is_last]
+        pieces = list(zip(batch.slices, last_indexes, strict=True))
+        ready = [(piece.sequence, index) for piece, index in pieces if piece.is_last]
+        for piece, index in pieces:
+            if piece.sequence.echoes:
+                self._measure(piece, index)
         self._scheduler.advance(batch)
-        outputs = []
-        for sequence, index in ready:
-            if sequence.is_full:  # nothing was to be generated
-                outputs.append(self._finish(sequence, FinishReason.LENGTH))
-                continue
+        return [self._sample(sequence, index, now) for sequence, index in ready]
+
+    def _sample(self, sequence: Sequence, index: int, now: float) -> Output:
+        """One token more for a sequence."""
+        if sequence.num_generated >= sequence.max_tokens:  # nothing was to be generated
+            return self._finish(sequence, FinishReason.LENGTH)
+        told = None
+        if sequence.num_logprobs is None:
             token = sequence.sampler.sample(index)
-            sequence.tokens.append(token)
-            self.totals.sampled_tokens += 1
-            sequence.first_token = sequence.first_token or now
-            sequence.last_token = now
-            if sequence.text.accept(token):
-                outputs.append(self._finish(sequence, FinishReason.STOP))
-            elif sequence.is_full:
-                outputs.append(self._finish(sequence, FinishReason.LENGTH))
-            else:
-                outputs.append(Output(sequence, sequence.text.take(), None))
-        return outputs
+        else:
+            likelihoods = Likelihoods(self._context.logits(index), sequence.num_logprobs, self._piece)
+            token = sequence.sampler.sample(index)
+            told = likelihoods.of(token)
+        sequence.tokens.append(token)
+        self.totals.sampled_tokens += 1
+        sequence.first_token = sequence.first_token or now
+        sequence.last_token = now
+        if sequence.text.accept(token, told):
+            return self._finish(sequence, FinishReason.STOP)
+        if sequence.is_full:
+            return self._finish(sequence, FinishReason.LENGTH)
+        if sequence.fills_window:
+            self._shift(sequence)
+        return Output(sequence, *sequence.text.take(), None)
+
+    def _shift(self, sequence: Sequence) -> None:
+        """Let a full window lose its middle, in place where the cache allows it."""
+        slot = sequence.slot
+        assert slot is not None
+        before = sequence.num_shifted
+        change = self._scheduler.shift(sequence, in_place=self._context.can_shift)
+        self.totals.shifted_tokens += sequence.num_shifted - before
+        if isinstance(change, Clear):
+            self._apply(change)
+        else:
+            self._context.close_up(slot, *change)
+
+    def _measure(self, piece: Slice, last_index: int) -> None:
+        """Note how likely each token of the prompt was after those before it; the first one has none."""
+        sequence = piece.sequence
+        start = sequence.num_cached
+        for offset in range(piece.count):
+            position = start + offset + 1
+            if len(sequence.prompt_logprobs) + 1 == position < sequence.num_prompt:  # once, if it is computed again
+                logits = self._context.logits(last_index - piece.count + 1 + offset)
+                likelihoods = Likelihoods(logits, sequence.num_logprobs or 0, self._piece)
+                sequence.prompt_logprobs.append(likelihoods.of(sequence.tokens[position]))
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Output:
-        for slot in self._scheduler.remove(sequence):
-            self._context.remove(slot)
+        for change in self._scheduler.remove(sequence):
+            self._apply(change)
         self._alive.discard(sequence)
         sequence.sampler.close()
-        return Output(sequence, sequence.text.flush(), reason)
+        return Output(sequence, *sequence.text.flush(), reason)
 
     def _retreat(self) -> None:
         """The cache is fuller than we counted (a sliding-window cache may be): go on with less in it."""
         num_running = len(self._scheduler.running)
-        slot = self._scheduler.give_way()
-        if slot is None:
+        change = self._scheduler.give_way()
+        if change is None:
             raise DecodeFailed("one sequence alone does not fit the KV cache")
-        self._context.remove(slot)
+        self._apply(change)
         self.totals.preemptions += num_running - len(self._scheduler.running)
 
     def _count(self, batch: Batch, decode_s: float) -> None:

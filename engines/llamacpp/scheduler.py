@@ -1,25 +1,44 @@
 """Who takes part in the next step. Pure: it counts tokens and cells and never touches llama.cpp.
 
-One step is one batch that mixes every running decode with a chunk of waiting prefill. Slots are many and cheap; what is
+One step is one batch that mixes running decodes with a chunk of waiting prefill. Slots are many and cheap; what is
 scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer, and begin with the
-longest prefix that anyone, running or finished, has computed already. When the cells run out, finished sequences are
-forgotten first; then the youngest running one is preempted: it loses its cells, goes back to the head of the queue with
-what it has generated, and is prefilled again later. Its client notices a pause.
+longest prefix that anyone, running or finished, has computed already, or that the disk holds.
+
+Classes come first, then arrival, and batch work that has waited long moves up. When the cells run out, the lowest class gives
+way: first what its finished sequences left behind, then its youngest running one, which goes back into the queue with
+what it has generated and is prefilled again later. Its client notices a pause.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from engines.llamacpp.kvcache import KVCache, common_prefix
+import numpy as np
+
+from engines.llamacpp.kvcache import KVCache, Tokens, common_prefix
 from engines.llamacpp.sequence import Sequence
+from engines.request import Priority
 
 MIN_SHARED = 8
 """Tokens of a prefix below which copying it is not worth the trouble."""
 
 MIN_AWAITED = 64
 """Tokens that must be saved by waiting for another's prefill; less is computed sooner than waited for."""
+
+MIN_RESTORED = 128
+"""Tokens that a prefix on the disk must save; reading it takes about as long as computing a few dozen."""
+
+MAX_MEASURED = 32
+"""Prompt tokens of a step whose own likelihood is asked for: each needs a whole row of logits."""
+
+MAX_CONSIDERED = 32
+"""Waiting sequences that a step looks at, so that a long queue costs those who run nothing."""
+
+AGEING_S = 30.0
+"""Time in the house after which batch work counts as normal. Nothing ever counts as somebody who reads along."""
+
+_NORMAL, _BATCH = Priority.NORMAL.rank, Priority.BATCH.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +56,10 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """Forget everything in a slot."""
+    """Forget everything in a slot. `tokens` are those that it holds, where somebody may ask for them again."""
 
     slot: int
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +79,31 @@ class Trim:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Bring back the prefix that is on the disk under `key`; the sequence waits for it."""
+
+    sequence: Sequence
+    key: str
+
+
+Change = Clear | Copy | Trim
+
+
+class Shelf(Protocol):
+    """Prefixes outside the KV cache."""
+
+    def longest(self, tokens: Tokens) -> tuple[str, int] | None:
+        """The key of the one that shares most with `tokens`, and how much. Reads nothing from the disk."""
+
+
 @dataclass(slots=True)
 class Batch:
     """What to compute in one step, and what to do to the cache before it, in this order."""
 
     slices: list[Slice] = field(default_factory=list)
-    changes: list[Clear | Copy | Trim] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    restores: list[Restore] = field(default_factory=list)
     num_preempted: int = 0
 
     @property
@@ -85,6 +124,8 @@ class Scheduler:
         shares_prefixes: whether the model's memory can copy a part of a sequence, which recurrent memory cannot.
         kept_cells: most cells that finished sequences may hold beside the one that finished last. Every step looks at
             every cell in use, if only to find that it is masked: at 8 sequences 4,000 idle ones cost a tenth of it.
+            Those of the class `batch` may hold a quarter of it.
+        shelf: where prefixes may come back from.
     """
 
     def __init__(
@@ -97,6 +138,7 @@ class Scheduler:
         headroom: int = 32,
         shares_prefixes: bool = True,
         kept_cells: int | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.num_cells = num_cells
         self.num_batch = num_batch
@@ -105,8 +147,11 @@ class Scheduler:
         self.shares_prefixes = shares_prefixes
         self.kept_cells = num_cells if kept_cells is None else kept_cells
         self.cache = KVCache(num_cells=num_cells, num_slots=num_slots)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # in order of admission, so the youngest is last
+        self._shelf = shelf
+        self._restoring: set[Sequence] = set()
+        self._restored: set[Sequence] = set()  # they have had their prefix from the disk, or never will
 
     def __repr__(self) -> str:
         return f"<Scheduler waiting={len(self.waiting)} running={len(self.running)} {self.cache!r}>"
@@ -117,6 +162,11 @@ class Scheduler:
         return not self.waiting and not self.running
 
     @property
+    def is_restoring(self) -> bool:
+        """Whether somebody waits for the disk."""
+        return bool(self._restoring)
+
+    @property
     def num_free_cells(self) -> int:
         """Cells that nobody holds, or that only finished sequences hold."""
         return self.cache.num_free_cells + self.cache.num_idle_cells
@@ -125,60 +175,97 @@ class Scheduler:
         """Put a new sequence at the end of the queue."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> list[int]:
+    def remove(self, sequence: Sequence) -> list[Clear]:
         """Drop a sequence for good, wherever it is. What it has computed is kept for others who begin alike.
 
         Returns:
             The slots to clear.
         """
+        self._restoring.discard(sequence)
+        self._restored.discard(sequence)
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return []
         self.running.remove(sequence)
-        if not self.shares_prefixes or sequence.num_cached < MIN_SHARED:
+        if not self.shares_prefixes or sequence.is_moved or sequence.num_cached < MIN_SHARED:
             return [self._release(sequence)]
         slot, sequence.slot = sequence.slot, None
-        self.cache.keep(slot, sequence.tokens[: sequence.num_cached])
+        self.cache.keep(slot, sequence.tokens[: sequence.num_cached], sequence.priority.rank)
         return self._forget_beyond_budget(slot)
 
-    def _forget_beyond_budget(self, newest: int) -> list[int]:
+    def _forget_beyond_budget(self, newest: int) -> list[Clear]:
         forgotten = []
-        while self.cache.num_idle_cells > self.kept_cells:
-            slot = self.cache.least_recently_used(but=newest)
-            if slot is None:
-                break
-            self.cache.close(slot)
-            forgotten.append(slot)
+        for rank, budget in ((_BATCH, self.kept_cells // 4), (0, self.kept_cells)):
+            while self.cache.num_idle_for(rank) > budget:
+                slot = self.cache.first_to_go(rank=rank, but=newest)
+                if slot is None or not self.cache.has_idle_cells(slot):
+                    break
+                forgotten.append(self._forget(slot))
         return forgotten
 
-    def give_way(self) -> int | None:
-        """Free some cells: those of a finished sequence, else of the youngest running one, which will start over.
+    def _forget(self, slot: int) -> Clear:
+        tokens = self.cache.kept_tokens(slot)
+        self.cache.close(slot)
+        return Clear(slot, None if self._is_held(tokens) else tokens)
+
+    def _is_held(self, tokens: Tokens) -> bool:
+        """Whether somebody else holds the same and perhaps more, so that nothing is lost."""
+        others = [self.cache.kept_tokens(slot) for slot in self.cache.kept_slots()]
+        others += [sequence.prompt[: sequence.num_cached] for sequence in self.running]
+        return any(len(other) >= len(tokens) and common_prefix(other, tokens) == len(tokens) for other in others)
+
+    def forget_all(self) -> list[Clear]:
+        """Forget every finished sequence, the most recently used first: at the end there may not be time for all."""
+        return [self._forget(slot) for slot in reversed(self.cache.kept_slots())]
+
+    def give_way(self) -> Clear | None:
+        """Free some cells of the lowest class that has any: of a finished sequence, else of the youngest running one.
 
         Returns:
             The slot to clear; None when only one sequence is left, which must not be stopped.
         """
-        kept = self.cache.least_recently_used()
-        if kept is not None:
-            self.cache.close(kept)
-            return kept
-        return self._preempt_youngest() if len(self.running) > 1 else None
+        lowest = max((sequence.priority.rank for sequence in self.running), default=0)
+        can_preempt = len(self.running) > 1
+        slot = self.cache.first_to_go(rank=lowest if can_preempt else 0)
+        if slot is not None:
+            return self._forget(slot)
+        return self._preempt(lowest) if can_preempt else None
 
-    def next_batch(self) -> Batch:
-        """Choose the next step: decodes first, then prefill of the running, then of the waiting."""
+    def next_batch(self, now: float = 0.0) -> Batch:
+        """Choose the next step: decodes first, then prefill of the running, then of the waiting.
+
+        `now` is in the clock of `Sequence.arrived`.
+        """
         batch = Batch()
         self._make_room(batch)
-        decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
-        prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
+        decoding = self._decoding()
+        prefilling = sorted((s for s in self.running if s.num_pending > 1), key=lambda s: s.priority.rank)
         batch.slices = [Slice(sequence, 1) for sequence in decoding]
         budget = min(self.num_batch - len(decoding), self.busy_prefill if decoding else self.num_batch)
         free = self.cache.num_free_cells - len(decoding)
+        measured = MAX_MEASURED
         for sequence in prefilling:
-            count = min(sequence.num_pending, budget, free)
+            count = min(sequence.num_pending, budget, free, measured if sequence.echoes else budget)
             if count > 0:
                 batch.slices.append(Slice(sequence, count))
                 budget, free = budget - count, free - count
-        self._admit(batch, budget)
+                measured -= count if sequence.echoes else 0
+        self._admit(batch, budget, measured, now)
         return batch
+
+    def _decoding(self) -> list[Sequence]:
+        """Who decodes in the next step.
+
+        While somebody reads along, as many of the class `batch` do as there are readers, and at least one, taking
+        turns: every sequence more makes the step longer for all.
+        """
+        decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
+        num_readers = sum(sequence.priority is Priority.INTERACTIVE for sequence in decoding)
+        batch = [sequence for sequence in decoding if sequence.priority is Priority.BATCH]
+        if not num_readers or len(batch) <= num_readers:
+            return decoding
+        resting = set(sorted(batch, key=lambda sequence: sequence.last_token)[num_readers:])
+        return [sequence for sequence in decoding if sequence not in resting]
 
     def advance(self, batch: Batch) -> None:
         """Note that a batch was computed."""
@@ -187,6 +274,46 @@ class Scheduler:
             piece.sequence.num_cached += piece.count
             self.cache.extend(piece.sequence.slot, piece.count)
 
+    def shift(self, sequence: Sequence, *, in_place: bool) -> Clear | tuple[int, int]:
+        """Let a full window lose its middle.
+
+        In place if the model's memory can move what follows and nobody else holds it; else the sequence is prefilled
+        anew.
+
+        Returns:
+            The slot to clear, or the position and number of the cells to remove and close up.
+        """
+        assert sequence.slot is not None
+        keep, lost = sequence.shift()
+        if not in_place or not self.cache.can_shift(sequence.slot, keep):
+            return self._send_back(sequence)
+        self.cache.drop_middle(sequence.slot, keep, lost)
+        sequence.num_cached -= lost
+        sequence.is_moved = True
+        sequence.prompt = sequence.prompt[:keep]
+        return keep, lost
+
+    def make_place(self, num_cells: int) -> tuple[int, list[Clear]] | None:
+        """A slot for a prefix that comes back, and what to forget for it; None when it would displace somebody."""
+        forgotten: list[Clear] = []
+        promised = sum(sequence.num_pending + self.headroom for sequence in self.running)
+        if self.num_free_cells - promised < num_cells:
+            return None
+        while self.cache.num_free_cells < num_cells or not self.cache.num_free_slots:
+            slot = self.cache.first_to_go()
+            if slot is None:
+                return None
+            forgotten.append(self._forget(slot))
+        slot = self.cache.open()
+        self.cache.extend(slot, num_cells)
+        return slot, forgotten
+
+    def restored(self, sequence: Sequence) -> None:
+        """Note that the prefix a sequence waited for is there, or will not come."""
+        if sequence in self._restoring:
+            self._restoring.discard(sequence)
+            self._restored.add(sequence)
+
     def _make_room(self, batch: Batch) -> None:
         """Free cells until everyone who runs can go on. The oldest always can: no window exceeds the cache."""
         while True:
@@ -194,47 +321,69 @@ class Scheduler:
             if not self.running or self.cache.num_free_cells >= max(decodes, 1):
                 return
             num_running = len(self.running)
-            slot = self.give_way()
-            if slot is None:
+            change = self.give_way()
+            if change is None:
                 return
-            batch.changes.append(Clear(slot))
+            batch.changes.append(change)
             batch.num_preempted += num_running - len(self.running)
 
-    def _admit(self, batch: Batch, budget: int) -> None:
-        """Let waiting sequences in, first come first served, while budget, slots and cells last.
+    def _admit(self, batch: Batch, budget: int, measured: int, now: float) -> None:
+        """Let waiting sequences in, best class first, while budget, slots and cells last.
 
-        One whose beginning is being prefilled by another waits for that instead of computing it again; those behind it
-        may pass.
+        One whose beginning is being prefilled by another, or read from the disk, waits for that instead of computing it
+        again; those behind it may pass.
         """
         promised = sum(sequence.num_pending for sequence in self.running)
-        for sequence in list(self.waiting):
+        for sequence in sorted(self.waiting, key=lambda each: _turn(each, now))[:MAX_CONSIDERED]:
             if budget <= 0:
                 return
             source, shared, is_coming = self._longest_prefix(sequence)
-            if is_coming:
+            if is_coming or self._awaits_disk(sequence, shared, batch):
                 continue
             needed = sequence.num_pending - shared
             space = needed + promised + self.headroom * len(self.running)
-            if not self._place(sequence, source, shared, space, batch):
-                return
-            count = min(needed, budget)
-            batch.slices.append(Slice(sequence, count))
+            while not self._place(sequence, source, shared, space, batch):
+                slot = self._displace(_rank(sequence, now), space, batch, now)
+                if slot is None:
+                    return
+                source, shared = (-1, 0) if source == slot else (source, shared)
+                promised = sum(each.num_pending for each in self.running)
+                needed = sequence.num_pending - shared
+                space = needed + promised + self.headroom * len(self.running)
+            count = min(needed, budget, measured if sequence.echoes else budget)
+            if count > 0:
+                batch.slices.append(Slice(sequence, count))
             budget, promised = budget - count, promised + needed
+            measured -= count if sequence.echoes else 0
+
+    def _awaits_disk(self, sequence: Sequence, shared: int, batch: Batch) -> bool:
+        """Whether a longer prefix than the cache has is on its way from the disk, or now asked for."""
+        if sequence in self._restoring:
+            return True
+        if self._shelf is None or sequence.echoes or not self.shares_prefixes or sequence in self._restored:
+            return False
+        found = self._shelf.longest(sequence.prompt[: len(sequence.tokens) - 1])
+        if found is None or found[1] - shared < MIN_RESTORED:
+            return False
+        self._restoring.add(sequence)
+        batch.restores.append(Restore(sequence, found[0]))
+        return True
 
     def _place(self, sequence: Sequence, source: int, shared: int, space: int, batch: Batch) -> bool:
         """Give a sequence a slot that begins with what it shares, if `space` cells can be had; False if not.
 
         Finished sequences are forgotten as needed, the one to begin from last: then the newcomer goes on in its slot.
+        What a better class left behind is forgotten only when nobody runs, so that nobody waits for ever.
         """
-        reachable = self.cache.num_free_cells + self.cache.num_idle_cells
+        rank = sequence.priority.rank if self.running else 0
+        reachable = self.cache.num_free_cells + self.cache.num_idle_for(rank)
         if reachable - (shared if self.cache.is_kept(source) else 0) < space:
             return False  # before anything is forgotten in vain
         while self.cache.num_free_cells < space or not self.cache.num_free_slots:
-            slot = self.cache.least_recently_used(but=source)
+            slot = self.cache.first_to_go(rank=rank, but=source)
             if slot is None:
                 return self._take_over(sequence, source, shared, space, batch)
-            self.cache.close(slot)
-            batch.changes.append(Clear(slot))
+            batch.changes.append(self._forget(slot))
         slot = self.cache.open()
         if shared:
             self.cache.share(source, slot, shared)
@@ -252,9 +401,23 @@ class Scheduler:
         self._start(sequence, source, shared)
         return True
 
+    def _displace(self, rank: int, space: int, batch: Batch, now: float) -> int | None:
+        """Preempt the youngest running one of a class below `rank`, if that may make room; the slot that it had."""
+        lower = [sequence for sequence in self.running if _rank(sequence, now) > rank]
+        held = sum(sequence.num_cached for sequence in lower)
+        if not lower or self.cache.num_free_cells + self.cache.num_idle_for(rank) + held < space:
+            return None
+        victim = max(reversed(lower), key=lambda sequence: sequence.priority.rank)
+        change = self._preempt_this(victim)
+        batch.slices = [piece for piece in batch.slices if piece.sequence is not victim]
+        batch.changes.append(change)
+        batch.num_preempted += 1
+        return change.slot
+
     def _start(self, sequence: Sequence, slot: int, shared: int) -> None:
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        self._restored.discard(sequence)
         sequence.slot, sequence.num_cached = slot, shared
         if not sequence.num_generated:
             sequence.num_reused = shared
@@ -264,7 +427,7 @@ class Scheduler:
 
         At least one token is left to compute, because the cache keeps no logits.
         """
-        if not self.shares_prefixes:
+        if not self.shares_prefixes or sequence.echoes:
             return -1, 0, False
         wanted = sequence.prompt[: len(sequence.tokens) - 1]
         source, best = self.cache.best_kept(wanted) or (-1, 0)
@@ -280,15 +443,36 @@ class Scheduler:
             return source, best, True
         return (source, best, False) if best >= MIN_SHARED else (-1, 0, False)
 
-    def _preempt_youngest(self) -> int:
-        sequence = self.running.pop()
-        slot = self._release(sequence)
-        sequence.num_cached = 0
-        self.waiting.appendleft(sequence)
-        return slot
+    def _preempt(self, rank: int) -> Clear:
+        """Preempt the youngest running sequence of a class."""
+        return self._preempt_this(next(s for s in reversed(self.running) if s.priority.rank == rank))
 
-    def _release(self, sequence: Sequence) -> int:
+    def _preempt_this(self, sequence: Sequence) -> Clear:
+        is_true = self.shares_prefixes and not sequence.is_moved
+        computed = np.array(sequence.tokens[: sequence.num_cached], np.int32)
+        return Clear(self._send_back(sequence).slot, computed if is_true else None)
+
+    def _send_back(self, sequence: Sequence) -> Clear:
+        """To the head of the queue, with nothing in the cache."""
+        self.running.remove(sequence)
+        self.waiting.insert(0, sequence)
+        change = self._release(sequence)
+        sequence.restart()
+        return change
+
+    def _release(self, sequence: Sequence) -> Clear:
         assert sequence.slot is not None
         slot, sequence.slot = sequence.slot, None
         self.cache.close(slot)
-        return slot
+        return Clear(slot)
+
+
+def _rank(sequence: Sequence, now: float) -> int:
+    """Its class as it counts now."""
+    is_old = now - sequence.arrived > AGEING_S
+    return min(sequence.priority.rank, _NORMAL) if is_old else sequence.priority.rank
+
+
+def _turn(sequence: Sequence, now: float) -> tuple[int, float]:
+    """Sorts those who wait."""
+    return _rank(sequence, now), sequence.arrived

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.events import TokenLogprob
 from engines.llamacpp.detokenize import Detokenizer, StopFilter, TextStream
 
 END = -1
@@ -66,10 +67,10 @@ def test_text_is_cut_at_the_first_stop_string(data: st.DataObject, text: str, st
     sent = ""
     for token in range(len(pieces)):
         is_over = tokens.accept(token)
-        sent += tokens.take()
+        sent += tokens.take()[0]
         if is_over:
             break
-    assert sent + tokens.flush() == before_first_stop(text, stops)
+    assert sent + tokens.flush()[0] == before_first_stop(text, stops)
 
 
 @given(text=few_letters, stops=stop_strings)
@@ -125,12 +126,36 @@ def test_an_end_token_ends_the_answer_without_text() -> None:
     assert not tokens.accept(0)
     assert not tokens.accept(1)
     assert tokens.accept(END)
-    assert tokens.take() == "on"
-    assert tokens.flush() == "ce"
+    assert tokens.take() == ("on", ())
+    assert tokens.flush() == ("ce", ())
 
 
 def test_half_a_character_before_a_stop_string_stays_away() -> None:
     """The rest of the detokenizer passes the stop filter too."""
     tokens = stream([b"x", b"S", "é".encode()[:1]], ["S\ufffd"])
     assert [tokens.accept(token) for token in range(3)] == [False, False, False]
-    assert tokens.flush() == "x"
+    assert tokens.flush() == ("x", ())
+
+
+def told(token: int) -> TokenLogprob:
+    """What is told of a token."""
+    return TokenLogprob(token, b"", -1.0)
+
+
+def test_tokens_are_told_with_the_text_that_they_complete() -> None:
+    """While text is held back for a stop string, so are its tokens; half a character goes with what comes next."""
+    tokens = stream([b"on", b"ce", "é".encode()[:1], "é".encode()[1:]], ["center"])
+    tokens.accept(0, told(0))
+    tokens.accept(1, told(1))
+    assert tokens.take() == ("on", (told(0),))
+    tokens.accept(2, told(2))
+    tokens.accept(3, told(3))
+    assert tokens.take() == ("ceé", (told(1), told(2), told(3)))
+
+
+def test_tokens_of_a_stop_string_are_not_told() -> None:
+    """They vanish with its text."""
+    tokens = stream([b"yes", b" ST", b"OP"], [" STOP"])
+    assert [tokens.accept(token, told(token)) for token in range(3)] == [False, False, True]
+    assert tokens.take() == ("yes", (told(0),))
+    assert tokens.flush() == ("", ())

@@ -55,8 +55,8 @@ def test_the_longest_kept_prefix_is_found_and_becomes_the_most_recent() -> None:
         cache.keep(slot, tokens)
     assert cache.best_kept(np.array([1, 2, 3, 4], np.int32)) == (slots[0], 3)
     assert cache.best_kept(np.array([5], np.int32)) is None
-    assert cache.least_recently_used() == slots[1]
-    assert cache.least_recently_used(but=slots[1]) == slots[2]
+    assert cache.first_to_go() == slots[1]
+    assert cache.first_to_go(but=slots[1]) == slots[2]
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))

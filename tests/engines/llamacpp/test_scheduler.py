@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engines.llamacpp.detokenize import TextStream
-from engines.llamacpp.scheduler import Batch, Clear, Copy, Scheduler, Trim
+from engines.llamacpp.kvcache import Tokens, common_prefix
+from engines.llamacpp.scheduler import Batch, Clear, Copy, Restore, Scheduler, Trim
 from engines.llamacpp.sequence import Sequence
+from engines.request import Priority
 
 
 class NoSampler:
@@ -26,10 +29,10 @@ def sequence(num_prompt: int, *, num_ctx: int = 1000, max_tokens: int = 1000) ->
     return asking(list(range(num_prompt)), num_ctx=num_ctx, max_tokens=max_tokens)
 
 
-def asking(prompt: list[int], *, num_ctx: int = 1000, max_tokens: int = 1000) -> Sequence:
+def asking(prompt: list[int], *, num_ctx: int = 1000, max_tokens: int = 1000, **more: Any) -> Sequence:
     """A new sequence with that prompt."""
     text = TextStream(lambda token: b"x", lambda token: False, ())
-    return Sequence(prompt, num_ctx, max_tokens, NoSampler(), text)
+    return Sequence(prompt, num_ctx, max_tokens, NoSampler(), text, **more)
 
 
 def scheduler(**changes: Any) -> Scheduler:
@@ -150,7 +153,7 @@ def test_no_more_sequences_run_than_there_are_slots() -> None:
         machine.add(each)
     step(machine)
     assert (first.slot, second.slot, third.slot) == (0, 1, None)
-    assert machine.remove(first) == [0]
+    assert machine.remove(first) == [Clear(0)]
     step(machine)
     assert third.slot == 0
 
@@ -216,12 +219,14 @@ def test_removal_works_in_every_state() -> None:
     machine.add(waiting)
     assert prefilling.num_pending > 1
     assert machine.remove(waiting) == []
-    assert machine.remove(prefilling) == [1]
+    assert machine.remove(prefilling) == [Clear(1)]
     machine.add(prefilling := sequence(10))
     step(machine)
-    assert machine.give_way() == 1
+    change = machine.give_way()
+    assert change is not None
+    assert change.slot == 1
     assert machine.remove(prefilling) == []
-    assert machine.remove(decoding) == [0]
+    assert machine.remove(decoding) == [Clear(0)]
     assert machine.is_idle
     assert machine.num_free_cells == 40
 
@@ -300,10 +305,10 @@ def test_finished_sequences_beyond_the_budget_are_forgotten() -> None:
     for start, cleared_slots in ((100, []), (200, []), (300, [0])):
         machine.add(done := asking(list(range(start, start + 10))))
         step(machine)
-        assert machine.remove(done) == cleared_slots
+        assert [change.slot for change in machine.remove(done)] == cleared_slots
     machine.add(large := asking([7] * 90))
     step(machine)
-    assert sorted(machine.remove(large)) == [1, 2]
+    assert sorted(change.slot for change in machine.remove(large)) == [1, 2]
     assert machine.cache.num_idle_cells == 90
 
 
@@ -320,6 +325,189 @@ def test_nothing_is_forgotten_for_a_prompt_that_would_not_fit_all_the_same() -> 
         assert step(machine).changes == []
     assert large.slot is None
     assert machine.cache.num_kept == 1
+
+
+def test_a_better_class_goes_first_whenever_it_arrived() -> None:
+    """Within a class, first come first served; batch work that has waited long counts as normal."""
+    machine = scheduler(num_slots=1)
+    machine.add(running := sequence(3))
+    step(machine)
+    names = {
+        name: asking([1], priority=priority, arrived=arrived)
+        for name, priority, arrived in (
+            ("old batch", Priority.BATCH, 1.0),
+            ("batch", Priority.BATCH, 80.0),
+            ("first", Priority.NORMAL, 70.0),
+            ("second", Priority.NORMAL, 75.0),
+            ("reader", Priority.INTERACTIVE, 90.0),
+        )
+    }
+    for each in names.values():
+        machine.add(each)
+    order = []
+    for _ in names:
+        machine.remove(running)
+        machine.next_batch(now=91.0)
+        (running,) = machine.running
+        order.append(next(name for name, each in names.items() if each is running))
+        running.num_cached = 1
+        machine.cache.extend(running.slot or 0, 1)
+    assert order == ["reader", "old batch", "first", "second", "batch"]
+
+
+def test_batch_work_takes_turns_beside_a_reader() -> None:
+    """One of it decodes in each step while one person reads along, and all of it once nobody does."""
+    machine = scheduler()
+    reader = asking([1, 2], priority=Priority.INTERACTIVE)
+    batch = [asking([3 + i], priority=Priority.BATCH) for i in range(3)]
+    for each in (reader, *batch):
+        machine.add(each)
+    step(machine)
+    seen = []
+    for now in range(1, 4):
+        first, other = shape(step(machine))
+        assert first == (reader, 1)
+        other[0].last_token = now
+        seen.append(other[0])
+    assert set(seen) == set(batch)
+    machine.remove(reader)
+    assert len(shape(step(machine))) == 3
+
+
+def test_batch_work_is_displaced_by_who_needs_its_cells() -> None:
+    """The youngest of it goes back into the queue, and what it has computed is offered to the shelf."""
+    machine = scheduler(num_cells=60, shares_prefixes=True)
+    old, young = (asking([i] * 20, priority=Priority.BATCH) for i in (1, 2))
+    machine.add(old)
+    machine.add(young)
+    step(machine)
+    machine.add(chat := asking([3] * 30))
+    batch = step(machine)
+    (change,) = batch.changes
+    assert isinstance(change, Clear)
+    assert change.tokens is not None
+    assert change.tokens.tolist() == [2] * 20
+    assert shape(batch) == [(old, 1), (chat, 30)]
+    assert machine.waiting == [young]
+    assert batch.num_preempted == 1
+
+
+def test_batch_work_does_not_displace_its_equals_or_betters() -> None:
+    """It waits."""
+    machine = scheduler(num_cells=60)
+    machine.add(sequence(40))
+    step(machine)
+    machine.add(late := asking([1] * 30, priority=Priority.BATCH))
+    assert step(machine).num_preempted == 0
+    assert late.slot is None
+
+
+def test_what_readers_left_behind_is_not_forgotten_for_batch_work() -> None:
+    """Batch work waits for its own kind to finish; when nobody runs at all, it gets its place."""
+    machine = scheduler(num_cells=60, shares_prefixes=True)
+    machine.add(reader := asking([1] * 30, priority=Priority.INTERACTIVE))
+    step(machine)
+    machine.remove(reader)
+    machine.add(first := asking([2] * 20, priority=Priority.BATCH))
+    machine.add(second := asking([3] * 20, priority=Priority.BATCH))
+    step(machine)
+    assert (first.slot is None, second.slot is None) == (False, True)
+    assert machine.cache.num_kept == 1
+    machine.remove(first)
+    step(machine)
+    assert second.slot is not None
+    assert machine.cache.num_kept == 1, "what the first left behind went instead"
+
+
+class Disk:
+    """A shelf with one prefix."""
+
+    def __init__(self, *tokens: int) -> None:
+        self._tokens = np.array(tokens, np.int32)
+
+    def longest(self, tokens: Tokens) -> tuple[str, int] | None:
+        """How much of the prefix is asked for."""
+        shared = common_prefix(self._tokens, tokens)
+        return ("key", shared) if shared else None
+
+
+def test_a_prefix_on_the_disk_is_waited_for_once() -> None:
+    """Others pass meanwhile, and what came back is shared like what anyone left behind."""
+    machine = scheduler(shares_prefixes=True, shelf=Disk(*[1] * 200), num_batch=400)
+    machine.add(waits := asking([1] * 210))
+    machine.add(passes := asking([2] * 5))
+    batch = machine.next_batch()
+    assert batch.restores == [Restore(waits, "key")]
+    assert shape(batch) == [(passes, 5)]
+    machine.advance(batch)
+    assert machine.next_batch().restores == []
+    place = machine.make_place(200)
+    assert place is not None
+    machine.cache.keep(place[0], [1] * 200)
+    machine.restored(waits)
+    assert waits in machine.waiting
+    batch = machine.next_batch()
+    assert (waits, 10) in shape(batch)
+    assert batch.restores == []
+    assert waits.num_reused == 200
+
+
+def test_a_prefix_that_cannot_be_read_is_computed() -> None:
+    """And not asked for again."""
+    machine = scheduler(shares_prefixes=True, shelf=Disk(*[1] * 200), num_batch=400)
+    machine.add(waits := asking([1] * 210))
+    assert machine.next_batch().slices == []
+    assert machine.is_restoring
+    machine.restored(waits)
+    batch = machine.next_batch()
+    assert (shape(batch), batch.restores) == ([(waits, 210)], [])
+
+
+def test_a_prefix_does_not_come_back_at_the_cost_of_those_who_run() -> None:
+    """Their cells and those of their prompts are taken."""
+    machine = scheduler(num_cells=100, shares_prefixes=True)
+    machine.add(sequence(70))
+    step(machine)
+    assert machine.make_place(40) is None
+    assert machine.make_place(20) is not None
+
+
+def test_a_prompt_that_is_measured_is_computed_whole_and_in_small_pieces() -> None:
+    """Every token needs a row of logits, and a cached prefix has none."""
+    machine = scheduler(shares_prefixes=True)
+    machine.add(first := asking([1] * 50))
+    step(machine)
+    machine.add(measured := asking([1] * 50, echoes=True))
+    assert [shape(step(machine))[-1] for _ in range(2)] == [(measured, 32), (measured, 18)]
+    assert measured.num_reused == 0
+    machine.remove(first)
+
+
+def test_a_full_window_closes_up_in_place() -> None:
+    """The cells of the lost middle are free, and the rest is still there."""
+    machine = scheduler(num_cells=40)
+    machine.add(full := asking([1] * 19, num_ctx=20, num_keep=4))
+    step(machine)
+    assert full.fills_window
+    assert machine.shift(full, in_place=True) == (4, 8)
+    assert (len(full.tokens), full.num_cached, full.num_shifted, full.num_generated) == (12, 11, 8, 1)
+    assert machine.cache.num_free_cells == 40 - 11
+    assert shape(step(machine)) == [(full, 1)]
+    assert machine.remove(full) == [Clear(0)], "its cells are not what a fresh prefill would compute"
+
+
+def test_a_full_window_that_shares_cells_is_computed_anew() -> None:
+    """Moving them would move the other's too."""
+    machine = scheduler(shares_prefixes=True)
+    first = asking([1] * 18, num_ctx=20, num_keep=4)
+    machine.add(first)
+    step(machine)
+    machine.add(asking([1] * 18 + [2], num_ctx=30))
+    step(machine)
+    assert first.fills_window
+    assert machine.shift(first, in_place=True) == Clear(0)
+    assert machine.waiting == [first]
+    assert (first.num_cached, first.num_shifted, len(first.tokens)) == (0, 8, 12)
 
 
 NUM_CELLS, NUM_SLOTS, NUM_BATCH = 48, 5, 16
@@ -347,12 +535,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_alike=st.integers(0, NUM_CELLS),
         room=st.integers(0, 30),
         max_tokens=st.integers(0, 30),
+        priority=st.sampled_from(Priority),
+        num_keep=st.none() | st.integers(0, NUM_CELLS),
+        echoes=st.booleans(),
     )
-    def arrive(self, num_prompt: int, num_alike: int, room: int, max_tokens: int) -> None:
+    def arrive(self, num_prompt: int, num_alike: int, room: int, max_tokens: int, **more: Any) -> None:
         """A request with any prompt, of which some begins like others, and any window that the cache can hold."""
         num_ctx = min(num_prompt + 1 + room, NUM_CELLS)
         prompt = [index if index < num_alike else 1000 + index for index in range(num_prompt)]
-        new = asking(prompt, num_ctx=num_ctx, max_tokens=max_tokens)
+        new = asking(prompt, num_ctx=num_ctx, max_tokens=max_tokens, **more)
         self.alive.append(new)
         self.scheduler.add(new)
 
@@ -373,10 +564,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         ready = [piece.sequence for piece in batch.slices if piece.is_last]
         self.scheduler.advance(batch)
         for each in ready:
-            if not each.is_full:
+            if each.num_generated < each.max_tokens:
                 each.tokens.append(0)
             if each.is_full:
                 self.finish(each)
+            elif each.fills_window:
+                self.scheduler.shift(each, in_place=self.shares_prefixes)
 
     @precondition(lambda self: len(self.scheduler.running) > 1)
     @rule()
