@@ -14,7 +14,9 @@
     ├── ServerBusy                     503 server_busy
     ├── GGUFParseError                 500 gguf_parse_error
     ├── ModelLoadFailed                500 model_load_failed
+    │   └── OutOfMemory                500 out_of_memory
     ├── WorkerCrashed                  500 worker_crashed
+    │   └── WorkerKilled               500 worker_crashed
     ├── ModelNotLoaded                 409 model_not_loaded
     └── Cancelled                      499 cancelled
 
@@ -165,10 +167,20 @@ class ModelLoadFailed(HeadwaterError):
     code = "model_load_failed"
 
 
+class OutOfMemory(ModelLoadFailed):
+    """The model needs more memory than there is."""
+
+    code = "out_of_memory"
+
+
 class WorkerCrashed(HeadwaterError):
     """The worker ended in the middle of a request; the message carries the end of what it said."""
 
     code = "worker_crashed"
+
+
+class WorkerKilled(WorkerCrashed):
+    """Something outside killed the worker, most likely the system because memory ran out."""
 
 
 class ModelNotLoaded(HeadwaterError):

@@ -107,6 +107,7 @@ class RunnerStatus:
         state: `starting`, `ready` or `stopping`. num_active: requests it is serving.
         size_bytes, size_vram_bytes: memory in all, and on accelerators. num_ctx: window of one request in tokens.
         expires_at: seconds since the epoch when it will be unloaded if nobody asks; infinity for never.
+        load_progress: how much of the model is loaded, from 0 to 1.
     """
 
     model: ModelCard
@@ -118,3 +119,4 @@ class RunnerStatus:
     size_vram_bytes: int
     num_ctx: int
     expires_at: float
+    load_progress: float = 1.0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -18,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import uvicorn
@@ -32,6 +34,7 @@ from engines.errors import HeadwaterError, WrongModel
 from engines.events import Timings, Usage
 from engines.inference import Computation, Generation, InferenceBackend, LoadConfig, Work
 from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
+from engines.watchdog import LOOP_LIMIT_S, Patience, step_limit_s, watch
 from engines.wire import DONE, ORIGIN_HEADER, REQUEST_ID_HEADER, decode_request, encode_cost, encode_error, encode_event
 from engines.wire_vectors import (
     EMBED_PATH,
@@ -82,9 +85,10 @@ class Worker:
         )
 
     async def health(self, http: Request) -> Response:
-        """200 with the engine's numbers once the model is loaded, 503 before."""
+        """200 with the engine's numbers once the model is loaded, 503 and how far it is before."""
         stats = self._engine.stats()
-        body = {"num_ctx": stats.num_ctx, "size_bytes": psutil.Process().memory_info().rss}
+        size_bytes = psutil.Process().memory_info().rss
+        body = {"num_ctx": stats.num_ctx, "size_bytes": size_bytes, "progress": round(stats.load_progress, 3)}
         return Response(json.dumps(body), 200 if self._engine.is_loaded() else 503, media_type="application/json")
 
     async def metrics(self, http: Request) -> Response:
@@ -248,6 +252,18 @@ def make_engine(name: str, mode: Mode) -> InferenceBackend:
     return LlamaCppEngine(on_failure=lambda error: os._exit(1))
 
 
+def _watch(engine: InferenceBackend, config: LoadConfig) -> None:
+    info = engine.model_info()
+    limit_s = step_limit_s(config.step_limit_s, info.size if info else 0)
+    watch(engine, asyncio.get_running_loop(), Patience(step_limit_s=limit_s, loop_limit_s=LOOP_LIMIT_S))
+
+
+def go_first() -> None:
+    """Be what the system kills when memory runs out, instead of the gateway or a stranger."""
+    with contextlib.suppress(OSError):  # there is no such thing outside Linux
+        Path("/proc/self/oom_score_adj").write_text("900")
+
+
 async def serve(engine: InferenceBackend, socket: Path, model: Path, config: LoadConfig, names: frozenset[str]) -> int:
     """Load the model and serve it until SIGTERM; returns the exit status."""
     server = uvicorn.Server(
@@ -274,6 +290,7 @@ async def serve(engine: InferenceBackend, socket: Path, model: Path, config: Loa
         server.should_exit = True
         await serving
         return EXIT_LOAD_FAILED
+    _watch(engine, config)
     await serving
     await engine.unload()
     return 0
@@ -290,11 +307,13 @@ def main() -> None:
     parser.add_argument("--config", type=json.loads, default={}, help="LoadConfig as JSON")
     args = parser.parse_args()
     die_with_parent()
+    go_first()
+    faulthandler.enable(all_threads=False)  # a crash in C tells where, on stderr
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    config = LoadConfig(**args.config | {"gpu_ids": tuple(args.config.get("gpu_ids", ()))})
+    said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in args.config.items()}
     args.socket.unlink(missing_ok=True)
     status = asyncio.run(
-        serve(make_engine(args.engine, args.mode), args.socket, args.model, config, frozenset(args.name))
+        serve(make_engine(args.engine, args.mode), args.socket, args.model, LoadConfig(**said), frozenset(args.name))
     )
     args.socket.unlink(missing_ok=True)
     sys.exit(status)

@@ -42,7 +42,7 @@ from compat.openai.routes import OpenAIRoutes
 from compat.openai.routes import http_error_response as openai_http_error
 from compat.openai.routes import surfaces as openai_surfaces
 from engines.backend import Backend, BackendConfiguration
-from engines.errors import HeadwaterError
+from engines.errors import GGUFParseError, HeadwaterError
 from engines.llamacpp.backend import LlamaCppBackend
 from engines.model import ModelCard
 from engines.store.blobs import blob_path
@@ -52,9 +52,11 @@ from gateway import admin
 from gateway.accounting import Accounts, RequestMiddleware
 from gateway.dispatch import Dispatch
 from gateway.logs import set_up_logging
+from gateway.memory import Memory
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.origin import OriginResolver
-from gateway.pool import Pool, RunnerKey, State
+from gateway.pool import Pool
+from gateway.residents import RunnerKey, State
 from gateway.runner import Runner
 from gateway.settings import Settings
 from gateway.usage.ledger import Ledger
@@ -63,7 +65,11 @@ log = logging.getLogger(__name__)
 
 AUTO_PLACES = 32
 AUTO_WINDOWS = 4
-"""Without OLLAMA_NUM_PARALLEL a model serves up to 32 requests together, in KV room for four full windows."""
+"""Without OLLAMA_NUM_PARALLEL a model serves up to 32 requests together, in KV room for four full windows, or for as
+many as memory allows."""
+
+MAX_MEASURED = 256
+"""Estimates that are remembered: clients choose the options that they depend on."""
 
 LAST_WORDS_S = 5
 """How long error answers may take to reach their clients once the grace time is over."""
@@ -84,6 +90,7 @@ class House:
         self.backend = backend or LlamaCppBackend(lambda digest: blob_path(settings.models, digest))
         self._sockets = _socket_directory(settings.data)
         self._generation = count(1)
+        self._measured: dict[RunnerKey, dict[int, int]] = {}
 
     async def open(self) -> None:
         """Open the ledger and what stands on it."""
@@ -97,6 +104,8 @@ class House:
             max_waiting=settings.max_queue,
             keep_alive_s=settings.keep_alive_s,
             load_timeout_s=settings.load_timeout_s,
+            measure=self._measure,
+            capacity=Memory(settings.memory_limit_bytes).capacity_bytes,
         )
         self.dispatch = Dispatch(
             Catalog(settings.models),
@@ -114,18 +123,44 @@ class House:
         await self.ledger.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
-    def _make_runner(self, key: RunnerKey, card: ModelCard, on_exit: Callable[[HeadwaterError], None]) -> Runner:
+    async def _measure(self, key: RunnerKey, card: ModelCard) -> dict[int, int]:
+        """The memory that a runner would take, by the number of its windows; empty when that cannot be told."""
+        known = self._measured.get(key)
+        if known is None:
+            choices = (self.settings.num_parallel,) if self.settings.num_parallel else range(1, AUTO_WINDOWS + 1)
+            try:
+                needs = {
+                    n: await self.backend.required_memory(key.model, self._configure(key, card, n)) for n in choices
+                }
+            except (GGUFParseError, OSError):  # the worker will say what is wrong with the file
+                return {}
+            known = {n: need.ram_bytes for n, need in needs.items() if need.ram_bytes is not None}
+            if len(self._measured) >= MAX_MEASURED:
+                self._measured.pop(next(iter(self._measured)))
+            self._measured[key] = known
+        return known
+
+    def _configure(self, key: RunnerKey, card: ModelCard, num_windows: int) -> BackendConfiguration:
         settings = self.settings
-        config = BackendConfiguration(
+        return BackendConfiguration(
             context_size=key.num_ctx,
-            num_parallel=settings.num_parallel or AUTO_WINDOWS,
+            num_parallel=num_windows,
             num_sequences=settings.num_parallel or AUTO_PLACES,
             num_batch=key.options.num_batch,
             num_gpu=key.options.num_gpu,
             main_gpu=key.options.main_gpu,
             num_thread=key.options.num_thread,
             use_mmap=key.options.use_mmap,
+            use_mlock=settings.use_mlock,
+            tensor_split=settings.tensor_split,
+            flash_attention=settings.flash_attention,
+            cache_type=settings.cache_type,
+            adapters=card.adapters,
         )
+
+    def _make_runner(
+        self, key: RunnerKey, card: ModelCard, on_exit: Callable[[HeadwaterError], None], num_windows: int | None
+    ) -> Runner:
         path = self._sockets / f"worker-{next(self._generation)}.sock"
         return Runner(
             self.backend,
@@ -133,7 +168,7 @@ class House:
             model=key.model,
             model_ref=card.name,
             mode=key.mode,
-            config=config,
+            config=self._configure(key, card, num_windows or self.settings.num_parallel or AUTO_WINDOWS),
             on_exit=on_exit,
         )
 

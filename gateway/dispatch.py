@@ -20,7 +20,8 @@ from engines.model import ModelCard, ModelDescription, RunnerStatus
 from engines.request import EmbedRequest, GenerateRequest, LoadOptions, Mode, RerankRequest
 from engines.store.catalog import Catalog
 from gateway.accounting import CLIENT_GONE, Account, Accounts
-from gateway.pool import Lease, Pool, RunnerKey
+from gateway.pool import Pool
+from gateway.residents import Lease, RunnerKey
 from gateway.runner import Reply, Runner
 
 log = logging.getLogger(__name__)

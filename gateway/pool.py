@@ -1,149 +1,38 @@
-"""Which models are loaded, who waits, who is evicted.
+"""Which models are loaded, who waits, who is evicted: does what `assignment` decides.
 
-The decision is one synchronous function, `Pool.assign`, called whenever anything changes: it grants places, and says
-which residents to start and which to stop. It does no I/O and cannot be cut in half; starting and stopping run as tasks
-that report back. A load belongs to the pool: the caller who caused it may leave, and the others still get it.
+Starting and stopping run as tasks that report back. A load belongs to the pool: the caller who caused it may leave, and
+the others still get it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Generic
 
-from engines.errors import HeadwaterError, ServerBusy
+from engines.errors import HeadwaterError, OutOfMemory, ServerBusy, WorkerKilled
 from engines.model import ModelCard, RunnerStatus
-from engines.request import FOREVER, LoadOptions, Mode
+from engines.request import FOREVER
+from gateway.assignment import PATIENCE_S, Assignment, MakeRunner
+from gateway.residents import Failures, Lease, R, Resident, RunnerKey, State, Waiter
 
 log = logging.getLogger(__name__)
 
 QUEUE_FULL = "server busy, please try again.  maximum pending requests exceeded"
 SHUTTING_DOWN = "the server is shutting down"
-PATIENCE_S = 10.0
-"""How long a request for another model waits while every runner stays busy, before one stops taking new work."""
 MAX_BACK_OFF_S = 30.0
+_TRUSTED_CORRECTION = 0.5, 2.0
+"""How far what was measured may move an estimate."""
+
+Measure = Callable[[RunnerKey, ModelCard], Awaitable[Mapping[int, int]]]
+"""The memory that a runner would take, in bytes by the number of its windows."""
 
 
-class State(StrEnum):
-    """Where a resident is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    STOPPING = "stopping"
-
-
-class Startable(Protocol):
-    """What the pool needs of a runner."""
-
-    async def start(self, timeout_s: float) -> None:
-        """Return when it is ready; raise why it is not."""
-
-    async def stop(self) -> None:
-        """Return when it is gone."""
-
-
-R = TypeVar("R", bound=Startable)
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerKey:
-    """What makes two requests need the same runner. `options` leaves out the window, which a larger one serves."""
-
-    backend: str
-    model: str
-    mode: Mode
-    options: LoadOptions
-    num_ctx: int
-
-
-@dataclass(eq=False, slots=True)
-class Resident(Generic[R]):
-    """One runner that is there, or on its way in or out.
-
-    Attributes:
-        last_used: when its last request ended, in the pool's clock. is_draining: it takes no new requests.
-    """
-
-    key: RunnerKey
-    card: ModelCard
-    keep_alive_s: float
-    last_used: float
-    runner: R
-    state: State = State.STARTING
-    num_active: int = 0
-    is_draining: bool = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it could be stopped without hurting anyone."""
-        return self.state is State.READY and self.num_active == 0
-
-    @property
-    def takes_work(self) -> bool:
-        """Whether it serves further requests, now or once it is up."""
-        return self.state is not State.STOPPING and not self.is_draining
-
-    @property
-    def expires_at(self) -> float:
-        """When it will be stopped if nobody asks; only meaningful while idle."""
-        return self.last_used + self.keep_alive_s
-
-    def serves(self, key: RunnerKey) -> bool:
-        """Whether a request with `key` can run here: the same, or the same with a larger window."""
-        return self.key.num_ctx >= key.num_ctx and replace(self.key, num_ctx=key.num_ctx) == key
-
-
-@dataclass(eq=False, slots=True)
-class Waiter(Generic[R]):
-    """A request that waits for a place."""
-
-    key: RunnerKey
-    card: ModelCard
-    keep_alive_s: float | None
-    since: float
-    granted: asyncio.Future[Resident[R]]
-
-
-@dataclass(slots=True)
-class Failures:
-    """How often runners with one key failed to come up or crashed in a row, without serving a request in between."""
-
-    key: RunnerKey
-    count: int = 0
-    retry_at: float = 0.0
-    error: HeadwaterError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Lease(Generic[R]):
-    """A place on a runner. `waited_s` was spent getting it; `loaded` tells that the model had to be loaded."""
-
-    resident: Resident[R]
-    waited_s: float
-    loaded: bool
-
-    @property
-    def runner(self) -> R:
-        """The runner to talk to."""
-        return self.resident.runner
-
-
-@dataclass(slots=True)
-class Plan(Generic[R]):
-    """What `assign` wants done, and what it holds on to: `awaited` are residents that earlier waiters wait for."""
-
-    start: list[Resident[R]] = field(default_factory=list)
-    stop: list[Resident[R]] = field(default_factory=list)
-    awaited: set[Resident[R]] = field(default_factory=set)
-
-
-def _worth(resident: Resident[Any]) -> tuple[bool, float]:
-    """What is evicted first is worth least: pinned ones last, then the least recently used."""
-    return resident.keep_alive_s == FOREVER, resident.last_used
+async def _unknown(key: RunnerKey, card: ModelCard) -> Mapping[int, int]:
+    return {}
 
 
 class Pool(Generic[R]):
@@ -154,11 +43,12 @@ class Pool(Generic[R]):
         max_residents: models at once. places: requests that one resident serves at once.
         max_waiting: requests that may wait. keep_alive_s: for loads whose request says nothing.
         load_timeout_s: the longest load. clock: monotonic seconds.
+        measure: what a runner would take. capacity: the memory that all models may take together, in bytes.
     """
 
     def __init__(
         self,
-        make_runner: Callable[[RunnerKey, ModelCard, Callable[[HeadwaterError], None]], R],
+        make_runner: MakeRunner[R],
         *,
         max_residents: int,
         places: int,
@@ -166,17 +56,22 @@ class Pool(Generic[R]):
         keep_alive_s: float,
         load_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        measure: Measure = _unknown,
+        capacity: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        self._make_runner = make_runner
-        self._max_residents = max_residents
-        self._places = places
         self._max_waiting = max_waiting
-        self._keep_alive_s = keep_alive_s
         self._load_timeout_s = load_timeout_s
         self._clock = clock
-        self.residents: list[Resident[R]] = []
-        self.waiting: list[Waiter[R]] = []
-        self._failures: dict[str, Failures] = {}
+        self._measure = measure
+        self._capacity = capacity
+        self._assignment = Assignment(
+            make_runner,
+            on_end=self._ended,
+            max_residents=max_residents,
+            places=places,
+            keep_alive_s=keep_alive_s,
+        )
+        self._corrections: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -185,19 +80,30 @@ class Pool(Generic[R]):
         residents = " ".join(f"{r.card.name}:{r.state}:{r.num_active}" for r in self.residents)
         return f"<Pool [{residents}] waiting={len(self.waiting)}>"
 
+    @property
+    def residents(self) -> list[Resident[R]]:
+        """Every runner, whatever its state."""
+        return self._assignment.residents
+
+    @property
+    def waiting(self) -> list[Waiter[R]]:
+        """Every request that waits, in order of arrival."""
+        return self._assignment.waiting
+
     async def acquire(self, key: RunnerKey, card: ModelCard, keep_alive_s: float | None = None) -> Lease[R]:
         """A place on a runner that serves `key`, loading the model if needed.
 
         Raises:
             ServerBusy: the queue is full, or the pool is closed. ModelLoadFailed: the model did not come up.
+            OutOfMemory: it needs more memory than there is.
         """
-        if self._is_closed:
-            raise ServerBusy(SHUTTING_DOWN)
-        if len(self.waiting) >= self._max_waiting and not self._open_to(key):
-            raise ServerBusy(QUEUE_FULL)  # before anything is decided: who is turned away must not evict others
+        self._admit(key)
         since = self._clock()
         was_ready = any(r.serves(key) and r.takes_work and r.state is State.READY for r in self.residents)
         waiter = Waiter(key, card, keep_alive_s, since, asyncio.get_running_loop().create_future())
+        if not self._assignment.open_to(key):
+            waiter.sizes = await self._sizes(key, card)
+            self._admit(key)
         self.waiting.append(waiter)
         self._settle()
         try:
@@ -211,12 +117,25 @@ class Pool(Generic[R]):
             raise
         return Lease(resident, self._clock() - since, loaded=not was_ready)
 
+    def _admit(self, key: RunnerKey) -> None:
+        """Refuse before anything is decided: who is turned away must not evict others."""
+        if self._is_closed:
+            raise ServerBusy(SHUTTING_DOWN)
+        if len(self.waiting) >= self._max_waiting and not self._assignment.open_to(key):
+            raise ServerBusy(QUEUE_FULL)
+
+    async def _sizes(self, key: RunnerKey, card: ModelCard) -> dict[int, int]:
+        """The estimate, corrected by what runners of this model were seen to take."""
+        correction = self._corrections.get(key.model, 1.0)
+        return {windows: int(size * correction) for windows, size in (await self._measure(key, card)).items()}
+
     def release(self, resident: Resident[R]) -> None:
         """Give a place back."""
         resident.num_active -= 1
+        resident.num_served += 1
         resident.last_used = self._clock()
         if resident.state is State.READY and resident in self.residents:  # a request ended, and it still lives
-            self._failures.pop(resident.key.model, None)
+            self._assignment.failures.pop(resident.key.model, None)
         self._settle()
 
     def unload(self, model: str) -> None:
@@ -226,103 +145,10 @@ class Pool(Generic[R]):
                 resident.keep_alive_s = 0
         self._settle()
 
-    def assign(self) -> Plan[R]:
-        """Decide everything that can be decided now.
-
-        Waiters are taken in order of arrival. For each there are six outcomes:
-        1. a ready runner that serves it has a free place: it is granted
-        2. one that serves it is starting, or has no place free: it waits
-        3. a runner like it keeps failing: it gets the last error until the back-off is over
-        4. the same model runs with other options: once no earlier waiter wants that one, it is drained and stopped
-        5. there is room, or an idle runner can go: a new one starts
-        6. every runner is busy: it waits, and after a while the least recently used one takes no new work
-        Only then do idle runners expire, so that a keep-alive of 0 does not stop the one that a waiter is about to get.
-        """
-        now, plan = self._clock(), Plan[R]()
-        self.waiting = [waiter for waiter in self.waiting if not waiter.granted.done()]  # whose callers are still there
-        for waiter in list(self.waiting):
-            self._place(waiter, now, plan)
-        for resident in self.residents:
-            resident.is_draining &= bool(self.waiting)  # nobody is left to make room for
-            if resident.is_idle and (resident.expires_at <= now or resident.is_draining):
-                self._stop(resident, plan)
-        return plan
-
-    def _place(self, waiter: Waiter[R], now: float, plan: Plan[R]) -> None:
-        if ready := self._open_to(waiter.key):  # 1
-            self._grant(waiter, min(ready, key=lambda r: r.num_active))
-            return
-        serving = [r for r in self.residents if r.serves(waiter.key) and r.takes_work]
-        if serving:  # 2
-            plan.awaited.update(serving)
-            return
-        if (error := self._back_off(waiter.key, now)) is not None:  # 3
-            self.waiting.remove(waiter)
-            waiter.granted.set_exception(error)
-            return
-        rivals = [r for r in self.residents if r.key.model == waiter.key.model and r.key.mode == waiter.key.mode]
-        if rivals:  # 4
-            for rival in rivals:
-                if rival not in plan.awaited:
-                    self._drain(rival, plan)
-            return
-        self._make_room_and_start(waiter, now, plan)
-
-    def _open_to(self, key: RunnerKey) -> list[Resident[R]]:
-        """Ready runners that have a free place for a request with `key`."""
-        serving = [r for r in self.residents if r.serves(key) and r.takes_work]
-        return [r for r in serving if r.state is State.READY and r.num_active < self._places]
-
-    def _drain(self, resident: Resident[R], plan: Plan[R]) -> None:
-        resident.is_draining = True
-        if resident.is_idle:
-            self._stop(resident, plan)
-
-    def _make_room_and_start(self, waiter: Waiter[R], now: float, plan: Plan[R]) -> None:
-        if len(self.residents) < self._max_residents:  # 5
-            self._start(waiter, plan)
-            return
-        if any(r.state is State.STOPPING for r in self.residents):  # room is on its way
-            return
-        idle = [r for r in self.residents if r.is_idle]
-        if idle:  # 5
-            self._stop(min(idle, key=_worth), plan)
-        elif now - waiter.since >= PATIENCE_S:  # 6
-            busy = [r for r in self.residents if r.state is State.READY and r not in plan.awaited]
-            if busy and not any(r.is_draining for r in busy):
-                min(busy, key=_worth).is_draining = True
-
-    def _grant(self, waiter: Waiter[R], resident: Resident[R]) -> None:
-        self.waiting.remove(waiter)
-        resident.num_active += 1
-        if waiter.keep_alive_s is not None:
-            resident.keep_alive_s = waiter.keep_alive_s
-        waiter.granted.set_result(resident)
-
-    def _start(self, waiter: Waiter[R], plan: Plan[R]) -> None:
-        keep_alive_s = waiter.keep_alive_s if waiter.keep_alive_s is not None else self._keep_alive_s
-        holder: list[Resident[R]] = []
-        runner = self._make_runner(waiter.key, waiter.card, lambda error: self._ended(holder[0], error))
-        resident = Resident(waiter.key, waiter.card, keep_alive_s, self._clock(), runner)
-        holder.append(resident)
-        self.residents.append(resident)
-        plan.start.append(resident)
-        plan.awaited.add(resident)
-
-    def _stop(self, resident: Resident[R], plan: Plan[R]) -> None:
-        resident.state = State.STOPPING
-        plan.stop.append(resident)
-
-    def _back_off(self, key: RunnerKey, now: float) -> HeadwaterError | None:
-        """The error to repeat instead of starting a runner that has just failed more than once."""
-        failures = self._failures.get(key.model)
-        if failures is None or failures.key != key:
-            return None
-        return failures.error if failures.count > 1 and now < failures.retry_at else None
-
     def _settle(self) -> None:
         """Decide, then set in motion what was decided."""
-        plan = self.assign()
+        is_tight = any(waiter.sizes for waiter in self.waiting)
+        plan = self._assignment.assign(self._clock(), self._capacity() if is_tight else math.inf)
         for resident in plan.start:
             log.info("loading %s", resident.card.name)
             self._spawn(self._load(resident))
@@ -332,6 +158,7 @@ class Pool(Generic[R]):
         self._arm_timer()
 
     async def _load(self, resident: Resident[R]) -> None:
+        started = self._clock()
         try:
             await resident.runner.start(self._load_timeout_s)
         except HeadwaterError as error:
@@ -344,15 +171,23 @@ class Pool(Generic[R]):
         if resident.state is State.STARTING:
             resident.state = State.READY
             resident.last_used = self._clock()
-            log.info("loaded %s", resident.card.name)
+            log.info("loaded %s in %.2f s", resident.card.name, resident.last_used - started)
         self._settle()
 
     async def _unload(self, resident: Resident[R]) -> None:
+        self._learn(resident)
         try:
             await resident.runner.stop()
         finally:
             self._remove(resident)
             self._settle()
+
+    def _learn(self, resident: Resident[R]) -> None:
+        """Remember how the estimate compares with what a runner took when it had worked."""
+        if resident.num_served and resident.need_bytes and resident.runner.size_bytes:
+            least, most = _TRUSTED_CORRECTION
+            estimate = resident.need_bytes / self._corrections.get(resident.key.model, 1.0)
+            self._corrections[resident.key.model] = min(max(resident.runner.size_bytes / estimate, least), most)
 
     def _ended(self, resident: Resident[R], error: HeadwaterError) -> None:
         """A runner did not come up, or ended by itself."""
@@ -360,19 +195,30 @@ class Pool(Generic[R]):
             return
         was_starting = resident.state is State.STARTING
         self._remove(resident)
-        failures = self._failures.get(resident.key.model)
-        if failures is None or failures.key != resident.key:  # one entry a model: keys are the clients' to vary
-            failures = self._failures[resident.key.model] = Failures(resident.key)
+        affected = [waiter for waiter in self.waiting if was_starting and resident.serves(waiter.key)]
+        if self._can_retry(resident, error) and affected:
+            log.warning("%s ran out of memory while it was loading: idle models go, then it is tried again", resident)
+            for waiter in affected:
+                waiter.wants_all = True
+        else:
+            self._note_failure(resident.key, error)
+            for waiter in affected:
+                self._assignment.refuse(waiter, error)
+        self._spawn(resident.runner.stop())
+        self._settle()
+
+    def _can_retry(self, resident: Resident[R], error: HeadwaterError) -> bool:
+        """Whether another try is of any use: memory ran out, once, and there is something to evict."""
+        ran_out = isinstance(error, OutOfMemory | WorkerKilled)
+        return ran_out and not resident.is_last_try and any(other.is_idle for other in self.residents)
+
+    def _note_failure(self, key: RunnerKey, error: HeadwaterError) -> None:
+        failures = self._assignment.failures.get(key.model)
+        if failures is None or failures.key != key:  # one entry a model: keys are the clients' to vary
+            failures = self._assignment.failures[key.model] = Failures(key)
         failures.count += 1
         failures.retry_at = self._clock() + min(2.0 ** min(failures.count - 1, 5), MAX_BACK_OFF_S)
         failures.error = error
-        if was_starting:
-            for waiter in [w for w in self.waiting if resident.serves(w.key)]:
-                self.waiting.remove(waiter)
-                if not waiter.granted.done():
-                    waiter.granted.set_exception(error)
-        self._spawn(resident.runner.stop())
-        self._settle()
 
     def _remove(self, resident: Resident[R]) -> None:
         if resident in self.residents:
@@ -400,7 +246,6 @@ class Pool(Generic[R]):
         return [self._status(resident, now, wall) for resident in self.residents]
 
     def _status(self, resident: Resident[R], now: float, wall: float) -> RunnerStatus:
-        health = getattr(resident.runner, "health", None)
         expires_s = resident.expires_at - now if resident.is_idle else resident.keep_alive_s
         return RunnerStatus(
             model=resident.card,
@@ -408,19 +253,18 @@ class Pool(Generic[R]):
             mode=resident.key.mode,
             state=resident.state.value,
             num_active=resident.num_active,
-            size_bytes=getattr(health, "size_bytes", 0),
+            size_bytes=resident.runner.size_bytes,
             size_vram_bytes=0,
-            num_ctx=getattr(health, "num_ctx", 0) or resident.key.num_ctx,
+            num_ctx=resident.runner.num_ctx or resident.key.num_ctx,
             expires_at=FOREVER if expires_s == FOREVER else wall + expires_s,
+            load_progress=1.0 if resident.state is not State.STARTING else resident.runner.load_progress,
         )
 
     async def close(self) -> None:
         """Refuse who waits, stop every runner, and return when nothing is left."""
         self._is_closed = True
-        for waiter in self.waiting:
-            if not waiter.granted.done():
-                waiter.granted.set_exception(ServerBusy(SHUTTING_DOWN))
-        self.waiting.clear()
+        for waiter in list(self.waiting):
+            self._assignment.refuse(waiter, ServerBusy(SHUTTING_DOWN))
         if self._timer is not None:
             self._timer.cancel()
         for resident in self.residents:

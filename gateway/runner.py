@@ -44,13 +44,17 @@ log = logging.getLogger(__name__)
 POLL_S = 0.02
 EXPLAIN_S = 3.0
 """How long a broken connection waits for the worker's end to explain it."""
+CHECK_S = 5.0
+SILENCE_S = 90.0
+"""A ready worker that has not answered for so long hangs; its own watchdog should have noticed before."""
 
 
 class Health(msgspec.Struct):
-    """What a ready worker says of itself."""
+    """What a worker says of itself; `progress` is how much of its model is loaded, from 0 to 1."""
 
     num_ctx: int = 0
     size_bytes: int = 0
+    progress: float = 0.0
 
 
 class Runner:
@@ -58,7 +62,8 @@ class Runner:
 
     Args:
         model: the id that the worker answers to. model_ref: the name behind it, for people.
-        on_exit: called when the worker has ended by itself, with the reason.
+        on_exit: called when the worker has ended by itself, or no longer answers, with the reason.
+        silence_s: how long a ready worker may leave us without an answer.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Runner:
         mode: Mode,
         config: BackendConfiguration,
         on_exit: Callable[[HeadwaterError], None],
+        silence_s: float = SILENCE_S,
     ) -> None:
         self.model = model
         self.health = Health()
@@ -80,13 +86,30 @@ class Runner:
         self._mode = mode
         self._config = config
         self._on_exit = on_exit
+        self._silence_s = silence_s
         self._running: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._exit: HeadwaterError | None = None
         self._is_stopping = False
         self._client = Client(socket)
 
     def __repr__(self) -> str:
         return f"<Runner {self._model_ref} {self._socket.name}>"
+
+    @property
+    def num_ctx(self) -> int:
+        """The window of one request; 0 before the worker is ready."""
+        return self.health.num_ctx
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory that the worker was last seen to take."""
+        return self.health.size_bytes
+
+    @property
+    def load_progress(self) -> float:
+        """How much of the model is loaded, from 0 to 1."""
+        return self.health.progress
 
     async def start(self, timeout_s: float) -> None:
         """Start the worker and wait until it is ready.
@@ -104,6 +127,7 @@ class Runner:
         except BaseException:
             await self.stop()
             raise
+        self._watching = asyncio.create_task(self._watch(self._running), name=f"watch {self!r}")
 
     async def _until_ready(self, running: asyncio.Task[None]) -> None:
         while not await self._is_ready():
@@ -126,11 +150,36 @@ class Runner:
             self._on_exit(self._exit)
 
     async def _is_ready(self) -> bool:
-        found = await self._ask("GET", "/health", timeout_s=2)
-        if found is None:
-            return False
-        self.health = msgspec.json.decode(found, type=Health)
-        return True
+        return await self._look(timeout_s=2) == 200
+
+    async def _look(self, timeout_s: float) -> int:
+        """Ask how the worker is; the status of its answer, 0 without one."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._client.send("GET", "/health")
+                body = await response.read()
+        except (ConnectionBroken, TimeoutError):
+            return 0
+        with contextlib.suppress(msgspec.DecodeError):  # another server's health need not be ours
+            self.health = msgspec.json.decode(body, type=Health)
+        return response.status
+
+    async def _watch(self, running: asyncio.Task[None]) -> None:
+        """Look after a ready worker, and end it when it no longer answers."""
+        silent_s = 0.0
+        while not running.done():
+            await asyncio.sleep(min(CHECK_S, self._silence_s / 4))
+            started = asyncio.get_running_loop().time()
+            if await self._look(timeout_s=self._silence_s - silent_s):
+                silent_s = 0.0
+                continue
+            silent_s += asyncio.get_running_loop().time() - started
+            if silent_s >= self._silence_s and not self._is_stopping:
+                self._exit = WorkerCrashed(f"the model's worker has not answered for {silent_s:.0f} s and was ended")
+                log.warning("%r hangs: %s", self, self._exit.message)
+                running.cancel()
+                self._on_exit(self._exit)
+                return
 
     async def generate(self, request: GenerateRequest) -> Reply:
         """Submit a request; returns once it is admitted. Raises what the worker refused it with, or WorkerCrashed."""
@@ -187,8 +236,11 @@ class Runner:
     async def stop(self) -> None:
         """End the worker and wait until nothing is left of it. Harmless when done twice."""
         self._is_stopping = True
+        if self._watching is not None:
+            self._watching.cancel()
         if self._running is not None and not self._running.done():
-            self._running.cancel()
+            if not self._running.cancelling():
+                self._running.cancel()
             await asyncio.wait({self._running})
         self._client.close()
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,8 @@ T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 DEFAULT_PORT = 11434
+CACHE_TYPES = ("f16", "q8_0", "q4_0")
+CACHE_TYPES_ACCEPTED = "f16, q8_0 or q4_0, the last two not with OLLAMA_FLASH_ATTENTION=0"
 _HOST = re.compile(
     r"(?:(?P<scheme>https?)://|(?!.*://))"
     r"(?P<host>\[[^\]]*\]|[^:/]*|[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*)"
@@ -51,6 +54,9 @@ class Settings:
         num_parallel: requests a model serves at once; 0 lets the server choose.
         max_loaded_models: models resident at once. max_queue: requests that may wait for a model or a place.
         context_length: window where neither request nor model says one; 0 lets the server choose.
+        flash_attention: None lets the engine choose. cache_type: of the K and V that are kept. use_mlock: keep weights
+            from being swapped out. tensor_split: shares of each GPU. memory_limit_bytes: of all models together, 0 lets
+            the machine decide.
         origins: further browser origins. trusted_proxies: peers whose word on where a request came from is believed.
         body_limit_bytes: largest request body. shutdown_grace_s: how long running requests may go on after SIGTERM.
     """
@@ -66,6 +72,11 @@ class Settings:
     max_loaded_models: int
     max_queue: int
     context_length: int
+    flash_attention: bool | None
+    cache_type: str
+    use_mlock: bool
+    tensor_split: tuple[float, ...]
+    memory_limit_bytes: int
     origins: tuple[str, ...]
     trusted_proxies: tuple[Network, ...]
     body_limit_bytes: int
@@ -83,6 +94,7 @@ class Settings:
         """The settings that an environment describes. Raises SettingsError."""
         read = _Reader(env)
         host, port = read("OLLAMA_HOST", "", _host, "[http://]host[:port], such as 127.0.0.1:11434")
+        flash_attention = read("OLLAMA_FLASH_ATTENTION", "", _optional_flag, "true, false or nothing to choose")
         data = read("HEADWATER_DATA", platformdirs.user_data_dir("headwater"), _path, "a directory")
         return cls(
             host=host,
@@ -98,6 +110,13 @@ class Settings:
             max_loaded_models=read("OLLAMA_MAX_LOADED_MODELS", "0", _count, "a whole number, 0 to choose") or 3,
             max_queue=read("OLLAMA_MAX_QUEUE", "512", _positive, "a whole number above 0"),
             context_length=read("OLLAMA_CONTEXT_LENGTH", "0", _count, "a number of tokens, 0 to choose"),
+            flash_attention=flash_attention,
+            cache_type=read("OLLAMA_KV_CACHE_TYPE", "f16", partial(_cache_type, flash_attention), CACHE_TYPES_ACCEPTED),
+            use_mlock=read("HEADWATER_MLOCK", "0", _flag, "true or false"),
+            tensor_split=read("HEADWATER_TENSOR_SPLIT", "", _shares, "a comma-separated list of shares, such as 3,1"),
+            memory_limit_bytes=read(
+                "HEADWATER_MEMORY_LIMIT", "0", _size, "a number of bytes such as 12GiB, 0 to choose"
+            ),
             origins=read("OLLAMA_ORIGINS", "", parse_origins, "a comma-separated list of origins"),
             trusted_proxies=read(
                 "HEADWATER_TRUSTED_PROXIES",
@@ -173,6 +192,33 @@ def _positive(value: str) -> int:
 def _flag(value: str) -> bool:
     """Go's booleans; Ollama takes any other text for true."""
     return value.lower() not in ("0", "f", "false")
+
+
+def _optional_flag(value: str) -> bool | None:
+    return _flag(value) if value else None
+
+
+def _cache_type(flash_attention: bool | None, value: str) -> str:
+    """Quantized values cannot be read without flash attention (llama-context.cpp)."""
+    kind = value.lower()
+    if kind not in CACHE_TYPES or (kind != "f16" and flash_attention is False):
+        raise ValueError(value)
+    return kind
+
+
+def _shares(value: str) -> tuple[float, ...]:
+    shares = tuple(float(part) for part in value.split(",")) if value else ()
+    if not all(0 <= share < float("inf") for share in shares) or (shares and not any(shares)):
+        raise ValueError(value)
+    return shares
+
+
+def _size(value: str) -> int:
+    """Bytes, or a number with a unit of powers of 1024."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)\s*(?:([kmgt])(?:i?b)?|b)?", value.lower())
+    if found is None:
+        raise ValueError(value)
+    return int(float(found[1]) * 1024 ** (" kmgt".index(found[2]) if found[2] else 0))
 
 
 def _networks(value: str) -> tuple[Network, ...]:

@@ -33,6 +33,7 @@ class Row(NamedTuple):
 TABLE = [
     Row(VOCABULARY, VOCABULARY),
     Row(("engines.process", "engines.backend", "engines.inference"), VOCABULARY),
+    Row(("engines.watchdog",), ("engines.inference",)),
     Row(WIRE, ("engines.wire", *VOCABULARY), ("msgspec",)),
     Row(("engines.fake",), ("engines.inference", *VOCABULARY)),
     Row(("engines.worker",), ("engines.*",), ("psutil", "starlette", "uvicorn")),
@@ -64,6 +65,7 @@ TABLE = [
     Row(("compat.body", "compat.streams", "compat.*.prefix"), ("compat.*", *VOCABULARY), ("starlette",)),
     Row(("compat.browser",), VOCABULARY, ("psutil", "starlette")),
     Row(("compat.*.routes",), ("compat.*", *VOCABULARY), ("msgspec", "starlette")),
+    Row(("compat.vectors",), VOCABULARY, ("msgspec", "numpy")),
     Row(("compat.ollama.names",), ("compat.*", "engines.store.names", *VOCABULARY)),
     Row(
         ("compat.ollama.show",),
@@ -84,7 +86,10 @@ TABLE = [
 ]
 """The first row that names a module is its row."""
 
-DIALECT_WORK = ("compat.*.parse", "compat.*.render", "compat.*.schema", "compat.*.decode", "compat.*.errors")
+DIALECT_WORK = (
+    *("compat.*.parse", "compat.*.render", "compat.*.schema", "compat.*.decode", "compat.*.errors"),
+    *("compat.*.embeddings", "compat.*.rerank", "compat.relevance", "compat.vectors"),
+)
 OUTSIDE_WORLD = {"asyncio", "os", "pathlib", "socket", "subprocess", "threading"}
 CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "datetime.now", "datetime.utcnow", "date.today"}
 

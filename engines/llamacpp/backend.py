@@ -5,22 +5,31 @@ It imports neither llama.cpp nor the worker, so the gateway can hold it.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import importlib.util
 import json
+import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from engines.backend import Backend, BackendConfiguration, RequiredMemory
-from engines.errors import ModelLoadFailed, WorkerCrashed
+from engines.errors import ModelLoadFailed, OutOfMemory, WorkerCrashed, WorkerKilled
 from engines.inference import LoadConfig
+from engines.llamacpp.memory import estimate
 from engines.process import ProcessExited, run_process
 from engines.request import Mode
+from engines.store.gguf import GGUFHeader, read_header
 
-_EXIT_LOAD_FAILED = 3  # engines.worker
-_LOAD_ERROR_PREFIX = "load failed: "
+_EXIT_LOAD_FAILED, _LOAD_ERROR_PREFIX = 3, "load failed: "  # engines.worker
+_EXIT_HUNG, _HUNG_PREFIX = 5, "watchdog: "  # engines.watchdog
+_OUT_OF_MEMORY = re.compile(
+    r"(?:unable|failed) to allocate|cannot allocate memory|bad_alloc|not be enough memory", re.I
+)
 
 
 class LlamaCppBackend(Backend):
@@ -62,8 +71,16 @@ class LlamaCppBackend(Backend):
         return f"Running: llama.cpp (llama-cpp-python {importlib.metadata.version('llama-cpp-python')})"
 
     async def required_memory(self, model: str, config: BackendConfiguration | None = None) -> RequiredMemory:
-        """The weights alone, which is a lower bound: the cache and compute buffers come on top."""
-        return RequiredMemory(ram_bytes=self._locate(model).stat().st_size)
+        """Weights, cache, compute buffers and the process, from the file's header; see `engines.llamacpp.memory`."""
+        config = config or BackendConfiguration()
+        paths = config.parts or (self._locate(model),)
+        headers = await asyncio.to_thread(lambda: [_header(path, path.stat().st_mtime_ns) for path in paths])
+        return RequiredMemory(ram_bytes=estimate(headers, _load_config(config)).total_bytes, vram_bytes=0)
+
+
+@lru_cache(maxsize=64)
+def _header(path: Path, modified_ns: int) -> GGUFHeader:
+    return read_header(path, arrays=False)
 
 
 def _load_config(config: BackendConfiguration) -> LoadConfig:
@@ -73,17 +90,37 @@ def _load_config(config: BackendConfiguration) -> LoadConfig:
         context_size=config.context_size,
         num_parallel=config.num_parallel,
         num_sequences=config.num_sequences,
-        num_batch=config.num_batch or 512,
-        num_threads=config.num_thread or 0,
+        num_batch=max(config.num_batch or 0, 0) or 512,
+        num_threads=max(config.num_thread or 0, 0),
         use_mmap=config.use_mmap,
+        use_mlock=config.use_mlock,
+        tensor_split=config.tensor_split,
+        flash_attention=config.flash_attention,
+        cache_type=config.cache_type,
+        parts=tuple(map(str, config.parts)),
+        adapters=tuple(map(str, config.adapters)),
     )
 
 
 def _explain(end: ProcessExited) -> Exception:
-    """What the end of a worker means. Its own word for a failed load is the last such line; else its last words."""
+    """What the end of a worker means: its own word on it where it has said one, and its last words."""
     if end.status == _EXIT_LOAD_FAILED:
-        said = [line for line in end.tail.splitlines() if line.startswith(_LOAD_ERROR_PREFIX)]
-        reason = said[-1].removeprefix(_LOAD_ERROR_PREFIX) if said else str(end)
-        rest = "\n".join(line for line in end.tail.splitlines() if not line.startswith(_LOAD_ERROR_PREFIX))
-        return ModelLoadFailed(f"{reason}\n{rest}".strip())
-    return WorkerCrashed(f"the model's worker ended unexpectedly ({end})\n{end.tail}".strip())
+        reason, rest = _split(end, _LOAD_ERROR_PREFIX)
+        failure = OutOfMemory if _OUT_OF_MEMORY.search(end.tail) else ModelLoadFailed
+        return failure(f"{reason}\n{rest}".strip())
+    if end.status == _EXIT_HUNG:
+        reason, rest = _split(end, _HUNG_PREFIX)
+        return WorkerCrashed(f"the model's worker hung and was ended: {reason}\n{rest}".strip())
+    if end.status == -signal.SIGKILL:
+        return WorkerKilled(
+            f"the model's worker was killed by SIGKILL, most likely because memory ran out\n{end.tail}".strip()
+        )
+    crash = WorkerKilled if _OUT_OF_MEMORY.search(end.tail) else WorkerCrashed
+    return crash(f"the model's worker ended unexpectedly ({end})\n{end.tail}".strip())
+
+
+def _split(end: ProcessExited, prefix: str) -> tuple[str, str]:
+    """The last line with the worker's own word, and everything else."""
+    lines = end.tail.splitlines()
+    said = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+    return said[-1] if said else str(end), "\n".join(line for line in lines if not line.startswith(prefix))

@@ -8,7 +8,8 @@ from typing import Any
 from engines.errors import HeadwaterError, ModelLoadFailed, WorkerCrashed
 from engines.model import ModelCard
 from engines.request import LoadOptions, Mode
-from gateway.pool import Lease, Pool, RunnerKey
+from gateway.pool import Pool
+from gateway.residents import Lease, RunnerKey
 
 Asking = asyncio.Task[Lease["FakeRunner"]]
 
@@ -40,10 +41,21 @@ async def turn() -> None:
 class FakeRunner:
     """A runner that is up, fails or is gone when told so."""
 
-    def __init__(self, key: RunnerKey, on_exit: Callable[[HeadwaterError], None], *, stops_slowly: bool) -> None:
+    def __init__(
+        self,
+        key: RunnerKey,
+        on_exit: Callable[[HeadwaterError], None],
+        num_windows: int | None,
+        *,
+        stops_slowly: bool,
+    ) -> None:
         self.key = key
+        self.num_windows = num_windows
         self.timeout_s = 0.0
         self.num_stops = 0
+        self.num_ctx = 0
+        self.size_bytes = 0
+        self.load_progress = 0.0
         self.stopping = asyncio.Event()
         self._on_exit = on_exit
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -93,8 +105,10 @@ class Bench:
         defaults = {"max_residents": 3, "places": 2, "max_waiting": 100, "keep_alive_s": 300.0, "load_timeout_s": 60.0}
         self.pool: Pool[FakeRunner] = Pool(self._make_runner, **{"clock": lambda: self.now, **defaults, **numbers})
 
-    def _make_runner(self, key: RunnerKey, card: ModelCard, on_exit: Callable[[HeadwaterError], None]) -> FakeRunner:
-        self.runners.append(FakeRunner(key, on_exit, stops_slowly=self.stops_slowly))
+    def _make_runner(
+        self, key: RunnerKey, card: ModelCard, on_exit: Callable[[HeadwaterError], None], num_windows: int | None
+    ) -> FakeRunner:
+        self.runners.append(FakeRunner(key, on_exit, num_windows, stops_slowly=self.stops_slowly))
         return self.runners[-1]
 
     def ask(self, model: str = "a", keep_alive_s: float | None = None, num_ctx: int = 4096, **options: Any) -> Asking:

@@ -12,7 +12,9 @@ from pool_bench import Asking, Bench, turn
 
 from engines.errors import HeadwaterError, ModelLoadFailed, ServerBusy, WorkerCrashed
 from engines.request import FOREVER
-from gateway.pool import MAX_BACK_OFF_S, PATIENCE_S, QUEUE_FULL, SHUTTING_DOWN, Lease, State
+from gateway.assignment import PATIENCE_S
+from gateway.pool import MAX_BACK_OFF_S, QUEUE_FULL, SHUTTING_DOWN
+from gateway.residents import Lease, State
 
 
 async def test_twenty_first_requests_start_one_runner() -> None:
@@ -699,7 +701,7 @@ class World(Bench):
             assert resident.num_active == sum(lease.resident is resident for lease in self.leases) <= 2
             assert resident.state is State.READY or resident.num_active == 0
         for waiter in pool.waiting:
-            assert not pool._open_to(waiter.key), "a free place, and a request that waits for it"
+            assert not pool._assignment.open_to(waiter.key), "a free place, and a request that waits for it"
 
     async def wind_down(self) -> None:
         """Everything comes up, nobody stays: then everybody must be served, and closing must leave nothing."""

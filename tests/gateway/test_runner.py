@@ -11,7 +11,7 @@ import pytest
 from fake_house import DIGEST, ask, describe_model, fake_backend, texts, until, worker_pids
 
 from engines.backend import Backend, BackendConfiguration
-from engines.errors import HeadwaterError, ModelLoadFailed, PromptTooLong, ServerBusy, WorkerCrashed
+from engines.errors import HeadwaterError, ModelLoadFailed, PromptTooLong, ServerBusy, WorkerCrashed, WorkerKilled
 from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Usage
 from engines.request import GenerateRequest, Mode, Sampling
 from gateway.runner import Reply, Runner
@@ -204,7 +204,7 @@ async def test_a_worker_killed_in_the_middle_is_an_error_that_says_so(make: Make
             await events_of(reply)
         assert reply.usage.completion_tokens >= 1
         assert await reply.cancel() is None
-    assert [type(error) for error in handle.exits] == [WorkerCrashed]
+    assert [type(error) for error in handle.exits] == [WorkerKilled]
     with pytest.raises(WorkerCrashed, match="killed by SIGKILL"):
         await handle.runner.generate(ask())
 
