@@ -4,9 +4,9 @@ One step is one batch that mixes running decodes with a chunk of waiting prefill
 scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer, and begin with the
 longest prefix that anyone, running or finished, has computed already, or that the disk holds.
 
-Classes come first, then arrival, and batch work that has waited long moves up. When the cells run out, the lowest class gives
-way: first what its finished sequences left behind, then its youngest running one, which goes back into the queue with
-what it has generated and is prefilled again later. Its client notices a pause.
+Classes come first, then arrival, and batch work that has waited long moves up. When the cells run out, the lowest
+class gives way: first what its finished sequences left behind, then its youngest running one, which goes back into the
+queue with what it has generated and is prefilled again later. Its client notices a pause.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class Sequence:
             How many leading tokens stay, and how many behind them are gone. What the cache holds is for others to mend.
         """
         assert self.num_keep is not None
-        keep = min(self.num_keep, self.num_ctx // 2)
-        lost = max((len(self.tokens) - keep) // 2, 1)
+        keep = min(self.num_keep, self.num_ctx // 2 - 1)
+        lost = (len(self.tokens) - keep) // 2
         del self.tokens[keep : keep + lost]
         self.num_shifted += lost
         return keep, lost
