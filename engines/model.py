@@ -19,7 +19,8 @@ class ModelCard:
         full_name: `registry.ollama.ai/library/llama3.2:latest`.
         digest: 64 hex digits, the SHA-256 of the manifest file's bytes.
         weights, weights_digest: the GGUF and its blob digest (`sha256:` and 64 hex digits), which is what residency is
-            keyed by. projectors and adapters: further GGUF files to load with it.
+            keyed by. weight_parts: all files in order when the model is split into several, of which `weights` is the
+            first. projectors and adapters: further GGUF files to load with it.
         size_bytes: all layers and the config. modified_at: seconds since the epoch.
         parameters: the params layer as it is on disk, Ollama option names.
         template: the TEMPLATE layer's text, empty without one. chat_template: the GGUF's Jinja template.
@@ -51,10 +52,16 @@ class ModelCard:
     parameters: Mapping[str, JSON] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
     licenses: tuple[str, ...] = ()
+    weight_parts: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
     projectors: tuple[Path, ...] = ()
     capabilities: tuple[str, ...] = ()
     requires: str = ""
+
+    @property
+    def residency(self) -> str:
+        """What models with the same are one in memory: the weights, and the adapters that were applied to them."""
+        return "+".join([self.weights_digest, *(adapter.name for adapter in self.adapters)])
 
     @property
     def sampling(self) -> Sampling:

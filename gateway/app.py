@@ -130,7 +130,8 @@ class House:
             choices = (self.settings.num_parallel,) if self.settings.num_parallel else range(1, AUTO_WINDOWS + 1)
             try:
                 needs = {
-                    n: await self.backend.required_memory(key.model, self._configure(key, card, n)) for n in choices
+                    n: await self.backend.required_memory(card.weights_digest, self._configure(key, card, n))
+                    for n in choices
                 }
             except (GGUFParseError, OSError):  # the worker will say what is wrong with the file
                 return {}
@@ -155,7 +156,11 @@ class House:
             tensor_split=settings.tensor_split,
             flash_attention=settings.flash_attention,
             cache_type=settings.cache_type,
+            parts=card.weight_parts,
             adapters=card.adapters,
+            prefill_slowdown=settings.prefill_slowdown,
+            shelf=settings.data / "prefixes",
+            shelf_bytes=settings.prefix_disk_bytes,
         )
 
     def _make_runner(
@@ -165,7 +170,7 @@ class House:
         return Runner(
             self.backend,
             path,
-            model=key.model,
+            model=card.weights_digest,
             model_ref=card.name,
             mode=key.mode,
             config=self._configure(key, card, num_windows or self.settings.num_parallel or AUTO_WINDOWS),

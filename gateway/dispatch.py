@@ -159,7 +159,7 @@ class Dispatch:
         """Unload the request's model once its running requests are done."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
         card = await self._identify(account, request)
-        self._pool.unload(card.weights_digest)
+        self._pool.unload(card.residency)
         await self._accounts.settle(account, status=200, reason=FinishReason.UNLOAD.value)
 
     async def _identify(self, account: Account, request: AnyRequest) -> ModelCard:
@@ -181,7 +181,7 @@ class Dispatch:
         num_ctx = min(wanted, card.context_length) if card.context_length else wanted
         return RunnerKey(
             backend=self._backend,
-            model=card.weights_digest,
+            model=card.residency,
             mode=mode,
             options=replace(options, num_ctx=None),
             num_ctx=num_ctx,

@@ -23,7 +23,7 @@ from engines.inference import LoadConfig
 from engines.llamacpp.memory import estimate
 from engines.process import ProcessExited, run_process
 from engines.request import Mode
-from engines.store.gguf import GGUFHeader, read_header
+from engines.store.gguf import GGUFHeader, merge_parts, read_header
 
 _EXIT_LOAD_FAILED, _LOAD_ERROR_PREFIX = 3, "load failed: "  # engines.worker
 _EXIT_HUNG, _HUNG_PREFIX = 5, "watchdog: "  # engines.watchdog
@@ -74,8 +74,8 @@ class LlamaCppBackend(Backend):
         """Weights, cache, compute buffers and the process, from the file's header; see `engines.llamacpp.memory`."""
         config = config or BackendConfiguration()
         paths = config.parts or (self._locate(model),)
-        headers = await asyncio.to_thread(lambda: [_header(path, path.stat().st_mtime_ns) for path in paths])
-        return RequiredMemory(ram_bytes=estimate(headers, _load_config(config)).total_bytes, vram_bytes=0)
+        header = await asyncio.to_thread(lambda: merge_parts([_header(p, p.stat().st_mtime_ns) for p in paths]))
+        return RequiredMemory(ram_bytes=estimate(header, _load_config(config)).total_bytes, vram_bytes=0)
 
 
 @lru_cache(maxsize=64)
@@ -99,6 +99,9 @@ def _load_config(config: BackendConfiguration) -> LoadConfig:
         cache_type=config.cache_type,
         parts=tuple(map(str, config.parts)),
         adapters=tuple(map(str, config.adapters)),
+        prefill_slowdown=config.prefill_slowdown,
+        shelf=str(config.shelf) if config.shelf is not None else "",
+        shelf_bytes=config.shelf_bytes,
     )
 
 

@@ -9,7 +9,6 @@ is of no use, so what is asked is whether they fit. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.inference import LoadConfig
@@ -43,20 +42,20 @@ class MemoryNeed:
         return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.process_bytes
 
 
-def estimate(headers: Sequence[GGUFHeader], config: LoadConfig) -> MemoryNeed:
-    """What loading a model takes; `headers` are those of its parts, the first one's metadata counts.
+def estimate(header: GGUFHeader, config: LoadConfig) -> MemoryNeed:
+    """What loading a model takes.
 
     Raises:
         GGUFParseError: the header says what no model can mean.
     """
-    shape = read_hyperparameters(headers[0])
+    shape = read_hyperparameters(header)
     layout = lay_out(config, shape.num_ctx, is_recurrent=shape.is_recurrent)
     uses_flash_attention = config.flash_attention is not False and shape.architecture != "grok"
     return MemoryNeed(
-        weights_bytes=sum(header.data_bytes for header in headers),
+        weights_bytes=header.data_bytes,
         cache_bytes=_cache(shape, layout, config.cache_type),
         compute_bytes=_compute(shape, layout, uses_flash_attention=uses_flash_attention),
-        process_bytes=_PROCESS_BYTES + _VOCABULARY_FACTOR * headers[0].header_bytes,
+        process_bytes=_PROCESS_BYTES + _VOCABULARY_FACTOR * header.header_bytes,
     )
 
 

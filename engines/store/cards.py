@@ -7,7 +7,7 @@ still make a card, of what the config says, so that the model can be seen and lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from engines.errors import GGUFParseError
 from engines.model import ModelCard
 from engines.request import JSON, Message
 from engines.store.blobs import blob_path, read_bounded
-from engines.store.gguf import RANKING_HEAD, GGUFHeader, Pooling, read_header
+from engines.store.gguf import RANKING_HEAD, GGUFHeader, Pooling, merge_parts, read_header
 from engines.store.manifests import Layer, ModelConfig, decode_json, manifest_path, read_config, read_manifest
 from engines.store.names import ModelName
 
@@ -82,10 +82,13 @@ def read_model(models: Path, name: ModelName) -> InstalledModel:
     weights_layers = manifest.of_kind("model")
     if not weights_layers:
         raise FileNotFoundError(f"{name.display} has no weights of its own")
-    weights_layer = weights_layers[-1]
-    weights, adapters, projectors = (
-        tuple(FileState.of(blob_path(models, layer.digest)) for layer in layers)
-        for layers in ([weights_layer], manifest.of_kind("adapter"), manifest.of_kind("projector"))
+    adapters, projectors = (
+        tuple(FileState.of(blob_path(models, layer.digest)) for layer in manifest.of_kind(kind))
+        for kind in ("adapter", "projector")
+    )
+    weights = _weights(models, weights_layers)
+    weights_layer = next(
+        layer for layer in reversed(weights_layers) if blob_path(models, layer.digest) == weights[0].path
     )
     texts = _read_texts(models, manifest.layers)
     card = ModelCard(
@@ -104,13 +107,31 @@ def read_model(models: Path, name: ModelName) -> InstalledModel:
         parameters=_parse_parameters(_last(texts["params"])),
         messages=_parse_messages(_last(texts["messages"])),
         licenses=tuple(texts["license"]),
+        weight_parts=tuple(file.path for file in weights) if len(weights) > 1 else (),
         adapters=tuple(file.path for file in adapters),
         projectors=tuple(file.path for file in projectors),
         requires=config.requires,
     )
-    return InstalledModel(
-        _with_facts(card, config, _header(weights[0])), (manifest_file, *weights, *adapters, *projectors)
-    )
+    headers = [header for file in weights if (header := _header(file)) is not None]
+    header = merge_parts(headers) if len(headers) == len(weights) else None
+    return InstalledModel(_with_facts(card, config, header), (manifest_file, *weights, *adapters, *projectors))
+
+
+def _weights(models: Path, layers: Sequence[Layer]) -> tuple[FileState, ...]:
+    """The parts of a split model, first to last, when the layers are just these; else the last layer alone."""
+    last = FileState.of(blob_path(models, layers[-1].digest))
+    if len(layers) == 1 or _split(last)[1] != len(layers):
+        return (last,)
+    files = [FileState.of(blob_path(models, layer.digest)) for layer in layers]
+    parts = {number: file for file in files for number, count in [_split(file)] if count == len(layers)}
+    return tuple(parts[number] for number in sorted(parts)) if sorted(parts) == list(range(len(layers))) else (last,)
+
+
+def _split(weights: FileState) -> tuple[int, int]:
+    """Which part of how many a file is, counted from 0; -1 of 0 when it is none."""
+    header = _header(weights)
+    number, count = (header.metadata.get(f"split.{name}") if header else None for name in ("no", "count"))
+    return (number, count) if isinstance(number, int) and isinstance(count, int) else (-1, 0)
 
 
 def _with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None) -> ModelCard:

@@ -14,7 +14,7 @@ from pathlib import Path
 from engines.errors import HeadwaterError, ModelNotFound
 from engines.model import ModelCard, ModelDescription
 from engines.store.cards import InstalledModel, read_model
-from engines.store.gguf import read_header
+from engines.store.gguf import merge_parts, read_header
 from engines.store.manifests import locate, walk
 from engines.store.names import ModelName, parse_name, without_local
 
@@ -60,7 +60,7 @@ class Catalog:
     def describe(self, name: str) -> ModelDescription:
         """The model with its whole GGUF header, read afresh. Raises as `find` does, and GGUFParseError."""
         card = self.find(name)
-        header = read_header(card.weights)
+        header = merge_parts([read_header(path) for path in card.weight_parts or (card.weights,)])
         projector = read_header(card.projectors[0]).metadata if card.projectors else None
         return ModelDescription(card, header.metadata, header.tensors, header.num_parameters, projector)
 

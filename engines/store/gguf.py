@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -114,6 +114,16 @@ class GGUFHeader:
         """The architecture's own number of that name, such as `context_length`; 0 where there is none."""
         value = self.metadata.get(f"{self.architecture}.{name}")
         return int(value) if isinstance(value, int) and value > 0 else 0
+
+
+def merge_parts(headers: Sequence[GGUFHeader]) -> GGUFHeader:
+    """The header of a model that is split into several files: the first part's metadata, and all tensors."""
+    return replace(
+        headers[0],
+        tensors=tuple(tensor for header in headers for tensor in header.tensors),
+        num_parameters=sum(header.num_parameters for header in headers),
+        data_bytes=sum(header.data_bytes for header in headers),
+    )
 
 
 def read_header(path: Path, *, arrays: bool = True) -> GGUFHeader:

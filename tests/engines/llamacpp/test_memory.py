@@ -20,7 +20,7 @@ from engines.inference import LoadConfig
 from engines.llamacpp.hparams import MAX_LAYERS, read_hyperparameters
 from engines.llamacpp.memory import estimate
 from engines.model import TensorInfo
-from engines.store.gguf import GGUFHeader, read_header
+from engines.store.gguf import GGUFHeader, merge_parts, read_header
 
 MIB = 1 << 20
 CONFIG = LoadConfig(context_size=4096, num_parallel=4, num_sequences=32)
@@ -54,7 +54,7 @@ def header(
 
 def cache_bytes(architecture: str = "llama", config: LoadConfig = CONFIG, **says: Any) -> int:
     """The cache of a model that says this."""
-    return estimate([header(architecture, **says)], config).cache_bytes
+    return estimate(header(architecture, **says), config).cache_bytes
 
 
 def test_a_cell_holds_k_and_v_of_every_layer() -> None:
@@ -112,13 +112,13 @@ def test_encoders_keep_nothing() -> None:
 
 def test_parts_count_together() -> None:
     """The weights of a split model are in all of its files."""
-    whole = estimate([header(data_bytes=30)], CONFIG)
-    assert estimate([header(data_bytes=20), GGUFHeader(3, {}, (), 0, 9, 10)], CONFIG) == whole
+    whole = estimate(header(data_bytes=30), CONFIG)
+    assert estimate(merge_parts([header(data_bytes=20), GGUFHeader(3, {}, (), 0, 9, 10)]), CONFIG) == whole
 
 
 def test_without_flash_attention_the_scores_are_kept() -> None:
     """One for every pair of token and cell, and head."""
-    on, off = (estimate([header()], LoadConfig(context_size=8192, flash_attention=on)) for on in (True, False))
+    on, off = (estimate(header(), LoadConfig(context_size=8192, flash_attention=on)) for on in (True, False))
     assert off.compute_bytes - on.compute_bytes > 512 * 8192 * 4 * 4
 
 
@@ -137,7 +137,7 @@ def test_it_is_what_llama_cpp_allocates(
     config = LoadConfig(
         context_size=4096, num_parallel=2, num_sequences=8, flash_attention=flash_attention, cache_type=cache_type
     )
-    need = estimate([read_header(path, arrays=False)], config)
+    need = estimate(read_header(path, arrays=False), config)
     slots = 8 if shape.is_recurrent else 8 + 32
     argv = [sys.executable, "-c", MEASURE, str(path), *map(str, (8192, slots, int(flash_attention), number))]
     said = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
@@ -173,7 +173,7 @@ def test_absurd_numbers_are_refused_by_name(says: dict[str, Any]) -> None:
     """Nothing is computed from them, let alone allocated."""
     name = next(iter(says)).replace("__", ".")
     with pytest.raises(GGUFParseError, match=f"llama.{re.escape(name)}"):
-        estimate([header(**says)], CONFIG)
+        estimate(header(**says), CONFIG)
 
 
 NAMES = [
@@ -204,7 +204,7 @@ def test_no_header_breaks_it(architecture: str, says: dict[str, Any], shape: lis
     file = GGUFHeader(3, {"general.architecture": architecture, **metadata}, tensors, 0, 100, 100)
     started = time.perf_counter()
     try:
-        need = estimate([file], LoadConfig(context_size=asked, num_parallel=4))
+        need = estimate(file, LoadConfig(context_size=asked, num_parallel=4))
     except GGUFParseError:
         pass
     else:
