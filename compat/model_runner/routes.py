@@ -17,6 +17,8 @@ from compat.services import Services
 from engines.model import ModelCard
 
 BASES = ("/engines/v1", "/engines/llama.cpp/v1")
+RANKING_BASES = ("/engines", "/engines/llama.cpp")
+"""Reranking has no version in its path."""
 
 
 class Details(Struct):
@@ -41,7 +43,8 @@ class ModelBody(Struct):
 
 def surfaces() -> dict[str, str]:
     """The origin surface of each inference path under `/engines`."""
-    return {path: name.replace("openai/", "model-runner/") for path, name in openai.surfaces(BASES).items()}
+    paths = openai.surfaces(BASES) | openai.ranking_surfaces(RANKING_BASES)
+    return {path: f"model-runner/{name.removeprefix('openai/')}" for path, name in paths.items()}
 
 
 class ModelRunnerRoutes:
@@ -52,8 +55,9 @@ class ModelRunnerRoutes:
         self._dialect = dialect
 
     def routes(self) -> list[BaseRoute]:
-        """Every route, below each of `BASES`."""
-        return [
+        """Every route, below each of `BASES` and `RANKING_BASES`."""
+        ranking = [route for base in RANKING_BASES for route in self._dialect.ranking_routes(base)]
+        return ranking + [
             route
             for base in BASES
             for route in (

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import inspect
 
 from compat.keep_alive import parse_keep_alive
+from compat.ollama.embeddings import EmbedBody, EmbeddingsBody, RerankBody
 from compat.ollama.gojson import decode_first, quote
 from compat.ollama.images import decode_image
 from compat.ollama.schema import ChatBody, GenerateBody, GenerationBody, KeepAlive, ShowBody
@@ -24,7 +25,8 @@ from engines.request import JSON
 T = TypeVar("T")
 _G = TypeVar("_G", bound=GenerationBody)
 
-_TYPES: dict[type, inspect.Type] = {kind: inspect.type_info(kind) for kind in (ChatBody, GenerateBody, ShowBody)}
+_BODIES = (ChatBody, GenerateBody, ShowBody, EmbedBody, EmbeddingsBody, RerankBody)
+_TYPES: dict[type, inspect.Type] = {kind: inspect.type_info(kind) for kind in _BODIES}
 _FOLDED = (inspect.StructType, inspect.ListType, inspect.DictType)
 
 _MAX_TOP_LOGPROBS = 20
@@ -49,6 +51,21 @@ def decode_generate(data: bytes) -> GenerateBody:
 def decode_show(data: bytes) -> ShowBody:
     """The body of a show. Raises BadRequest."""
     return _decode(ShowBody, "ShowRequest", data)
+
+
+def decode_embed(data: bytes) -> EmbedBody:
+    """The body of a request for embeddings. Raises BadRequest."""
+    return _decode(EmbedBody, "EmbedRequest", data)
+
+
+def decode_embeddings(data: bytes) -> EmbeddingsBody:
+    """The body of a request for one embedding, in the old form. Raises BadRequest."""
+    return _decode(EmbeddingsBody, "EmbeddingRequest", data)
+
+
+def decode_rerank(data: bytes) -> RerankBody:
+    """The body of a reranking. Raises BadRequest."""
+    return _decode(RerankBody, "RerankRequest", data)
 
 
 def _checked(body: _G) -> _G:

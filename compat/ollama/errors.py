@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from compat.ollama.gojson import encode
+from compat.ollama.gojson import encode, quote
 from compat.ollama.schema import ErrorBody
-from engines.errors import HeadwaterError, InvalidModelName, PromptTooLong, ServerBusy, WorkerCrashed
+from engines.errors import (
+    HeadwaterError,
+    InvalidModelName,
+    ModelNotFound,
+    PromptTooLong,
+    ServerBusy,
+    WorkerCrashed,
+)
 
 QUEUE_FULL = "server busy, please try again.  maximum pending requests exceeded"
 PROMPT_TOO_LONG = (
@@ -29,6 +36,23 @@ class InvalidFormat(HeadwaterError):
 
     def __init__(self, quoted: str) -> None:
         super().__init__(f'invalid format: {quoted}; expected "json" or a valid JSON Schema object')
+
+
+class EmbeddingFailed(HeadwaterError):
+    """An engine's refusal with the status and the text that it has on Ollama's routes for embeddings."""
+
+    def __init__(self, message: str, error: HeadwaterError, status: int) -> None:
+        super().__init__(message)
+        self.code = error.code
+        self.status = status
+
+
+class ModelNotPulled(ModelNotFound):
+    """ModelNotFound in the words of the routes for embeddings."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.message = f"model {quote(name)} not found, try pulling it first"
 
 
 @dataclass(frozen=True, slots=True)

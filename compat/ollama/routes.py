@@ -18,8 +18,26 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from compat.body import decode_body
-from compat.ollama.decode import decode_chat, decode_generate, decode_show
-from compat.ollama.errors import ErrorReply, render_error
+from compat.ollama.decode import (
+    decode_chat,
+    decode_embed,
+    decode_embeddings,
+    decode_generate,
+    decode_rerank,
+    decode_show,
+)
+from compat.ollama.embeddings import (
+    explain_embed,
+    explain_embeddings,
+    parse_embed,
+    parse_embeddings,
+    parse_inputs,
+    parse_rerank,
+    render_embed,
+    render_embeddings,
+    render_rerank,
+)
+from compat.ollama.errors import ErrorReply, ModelNotPulled, render_error
 from compat.ollama.gojson import encode
 from compat.ollama.listing import render_processes, render_tags
 from compat.ollama.names import refuse_cloud, short_name
@@ -41,7 +59,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 VERSION = "0.33.0"
 """The Ollama whose API this is; clients compare it with what they need."""
 
-_SURFACES = {"/api/chat": "ollama/completion", "/api/generate": "ollama/completion"}
+_SURFACES = {
+    "/api/chat": "ollama/completion",
+    "/api/generate": "ollama/completion",
+    "/api/embed": "ollama/embedding",
+    "/api/embeddings": "ollama/embedding",
+    "/api/rerank": "rerank",
+}
 _COPILOT = "GitHubCopilotChat/"
 
 
@@ -82,6 +106,9 @@ class OllamaRoutes:
             *_with_redirect("/api/show", self.show_model, "POST"),
             *_with_redirect("/api/chat", self.chat, "POST"),
             *_with_redirect("/api/generate", self.generate, "POST"),
+            *_with_redirect("/api/embed", self.embed, "POST"),
+            *_with_redirect("/api/embeddings", self.embeddings, "POST"),
+            *_with_redirect("/api/rerank", self.rerank, "POST"),
         ]
 
     async def root(self, http: Request) -> Response:
@@ -134,6 +161,48 @@ class OllamaRoutes:
             return await self._unload(http, body, reply)
         request = parse_generate(body, card, request_id=http.state.request_id, origin=http.state.origin)
         return await self._answer(http, request, reply)
+
+    async def embed(self, http: Request) -> Response:
+        """`POST /api/embed`."""
+        body = await decode_body(http, self._body_limit_bytes, decode_embed)
+        parse_inputs(body)  # Ollama looks at the input before it looks for the model
+        await self._find_to_embed(body.model)
+        request = parse_embed(body, request_id=http.state.request_id, origin=http.state.origin)
+        try:
+            embeddings = await while_connected(http.receive, self._services.embed(request))
+        except BadRequest as error:
+            raise explain_embed(error, truncate=body.truncate) from None
+        return json_response(await asyncio.to_thread(render_embed, body, embeddings))
+
+    async def embeddings(self, http: Request) -> Response:
+        """`POST /api/embeddings`, the old form."""
+        body = await decode_body(http, self._body_limit_bytes, decode_embeddings)
+        await self._find_to_embed(_required(body.model))
+        request = parse_embeddings(body, request_id=http.state.request_id, origin=http.state.origin)
+        try:
+            embeddings = await while_connected(http.receive, self._services.embed(request))
+        except BadRequest as error:
+            raise explain_embeddings(error) from None
+        return json_response(render_embeddings(embeddings))
+
+    async def rerank(self, http: Request) -> Response:
+        """`POST /api/rerank`."""
+        body = await decode_body(http, self._body_limit_bytes, decode_rerank)
+        card = await self._find_to_embed(body.model)
+        request = parse_rerank(body, request_id=http.state.request_id, origin=http.state.origin)
+        try:
+            ranking = await while_connected(http.receive, self._services.rerank(request))
+        except BadRequest as error:
+            raise explain_embed(error, truncate=body.truncate) from None
+        return json_response(render_rerank(body, card, ranking))
+
+    async def _find_to_embed(self, name: str) -> ModelCard:
+        if not name:
+            raise ModelNotFound(name)
+        try:
+            return await self._find(name)
+        except ModelNotFound:
+            raise ModelNotPulled(name) from None
 
     async def _find(self, name: str) -> ModelCard:
         refuse_cloud(name)

@@ -10,7 +10,9 @@ from typing import TypeVar
 
 import msgspec
 
+from compat.openai.embeddings import EmbeddingsBody
 from compat.openai.refusals import invalid, invalid_type, missing
+from compat.openai.rerank import RerankBody, ScoreBody
 from compat.openai.schema import ChatBody, CompletionBody
 from engines.errors import BadRequest
 
@@ -18,6 +20,9 @@ T = TypeVar("T")
 
 _CHAT = msgspec.json.Decoder(ChatBody)
 _COMPLETION = msgspec.json.Decoder(CompletionBody)
+_EMBEDDINGS = msgspec.json.Decoder(EmbeddingsBody)
+_RERANK = msgspec.json.Decoder(RerankBody)
+_SCORE = msgspec.json.Decoder(ScoreBody)
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
@@ -35,6 +40,21 @@ def decode_chat(data: bytes) -> ChatBody:
 def decode_completion(data: bytes) -> CompletionBody:
     """The body of a completion. Raises BadRequest."""
     return _decode(_COMPLETION, data)
+
+
+def decode_embeddings(data: bytes) -> EmbeddingsBody:
+    """The body of a request for embeddings. Raises BadRequest."""
+    return _decode(_EMBEDDINGS, data)
+
+
+def decode_rerank(data: bytes) -> RerankBody:
+    """The body of a reranking. Raises BadRequest."""
+    return _decode(_RERANK, data)
+
+
+def decode_score(data: bytes) -> ScoreBody:
+    """The body of a scoring. Raises BadRequest."""
+    return _decode(_SCORE, data)
 
 
 def _decode(decoder: msgspec.json.Decoder[T], data: bytes) -> T:

@@ -7,10 +7,11 @@ trailing slash, because a redirect makes some clients drop the body (`spec/opena
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from starlette.exceptions import HTTPException
@@ -20,7 +21,14 @@ from starlette.routing import BaseRoute, Route
 
 from compat.body import decode_body
 from compat.openai.batch import generate_all
-from compat.openai.decode import decode_chat, decode_completion
+from compat.openai.decode import (
+    decode_chat,
+    decode_completion,
+    decode_embeddings,
+    decode_rerank,
+    decode_score,
+)
+from compat.openai.embeddings import explain_tokens, parse_embeddings, render_embeddings
 from compat.openai.errors import ErrorReply, render_error, render_unknown_url, render_wrong_method
 from compat.openai.parse import completion_logprobs_of, parse_chat, parse_completion
 from compat.openai.render import (
@@ -34,10 +42,11 @@ from compat.openai.render import (
     render_fingerprint,
     render_model,
 )
+from compat.openai.rerank import only_reranker, parse_rerank, parse_score, render_rerank, render_score
 from compat.openai.schema import GenerateBody, ModelList
 from compat.services import Answer, Refusal, Services, collect
 from compat.streams import SSEResponse, aclose, sse_frame, while_connected
-from engines.errors import HeadwaterError
+from engines.errors import BadRequest, HeadwaterError
 from engines.events import Event
 from engines.model import ModelCard
 from engines.request import GenerateRequest
@@ -46,22 +55,38 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-_SURFACES = {"/chat/completions": "openai/chat", "/completions": "openai/completion"}
+_SURFACES = {
+    "/chat/completions": "openai/chat",
+    "/completions": "openai/completion",
+    "/embeddings": "openai/embedding",
+}
+_RANKING_SURFACES = {"/rerank": "rerank", "/reranking": "rerank", "/score": "rerank"}
+_COHERE_RERANK = "/v2/rerank"
 _DONE = sse_frame(b"[DONE]")
 
 
 def surfaces(bases: Sequence[str] = ("/v1", "")) -> dict[str, str]:
     """The origin surface of each inference path below `bases`, in every spelling that is routed."""
+    found = _below(bases, _SURFACES) | ranking_surfaces(bases)
+    return found | _below([""], {_COHERE_RERANK: "rerank"}) if "" in bases else found
+
+
+def ranking_surfaces(bases: Sequence[str]) -> dict[str, str]:
+    """As `surfaces`, of `OpenAIRoutes.ranking_routes`."""
+    return _below(bases, _RANKING_SURFACES)
+
+
+def _below(bases: Sequence[str], paths: Mapping[str, str]) -> dict[str, str]:
     return {
         spelling: surface
         for base in bases
-        for path, surface in _SURFACES.items()
+        for path, surface in paths.items()
         for spelling in (base + path, f"{base}{path}/")
     }
 
 
 class OpenAIRoutes:
-    """Chat completions, completions and models over the house's services.
+    """Chat completions, completions, embeddings, reranking and models over the house's services.
 
     Handlers read `http.state.origin` and `http.state.request_id`, which the gateway's middleware sets.
     """
@@ -73,7 +98,7 @@ class OpenAIRoutes:
 
     def routes(self, prefix: str = "") -> list[BaseRoute]:
         """Every route, below `<prefix>/v1` and below `prefix` itself."""
-        return [
+        below_bases = [
             route
             for base in (f"{prefix}/v1", prefix)
             for route in (
@@ -82,12 +107,23 @@ class OpenAIRoutes:
                 Route(f"{base}/models/{{model:path}}", endpoint(self.show_model), methods=["GET"]),
             )
         ]
+        return [*below_bases, *both_spellings(prefix + _COHERE_RERANK, self.rerank, "POST", prompt_param="documents")]
 
     def inference_routes(self, base: str) -> list[BaseRoute]:
         """The routes that run models, below `base`."""
         return [
             *both_spellings(f"{base}/chat/completions", self.chat, "POST"),
             *both_spellings(f"{base}/completions", self.completion, "POST", prompt_param="prompt"),
+            *both_spellings(f"{base}/embeddings", self.embeddings, "POST", prompt_param="input"),
+            *self.ranking_routes(base),
+        ]
+
+    def ranking_routes(self, base: str) -> list[BaseRoute]:
+        """The routes that compare documents with a query, below `base`."""
+        return [
+            *both_spellings(f"{base}/rerank", self.rerank, "POST", prompt_param="documents"),
+            *both_spellings(f"{base}/reranking", self.rerank, "POST", prompt_param="documents"),
+            *both_spellings(f"{base}/score", self.score, "POST", prompt_param="text_2"),
         ]
 
     async def chat(self, http: Request) -> Response:
@@ -118,6 +154,40 @@ class OpenAIRoutes:
         if body.stream:
             return await self._stream(http, requests, CompletionChunks(reply), prompt_param="prompt")
         return json_response(render_completion(reply, await self._answer(http, requests)))
+
+    async def embeddings(self, http: Request) -> Response:
+        """`POST /v1/embeddings`."""
+        body = await decode_body(http, self._body_limit_bytes, decode_embeddings)
+        card = await self._services.find(body.model)
+        request = parse_embeddings(body, card, request_id=http.state.request_id, origin=http.state.origin)
+        try:
+            vectors = await while_connected(http.receive, self._services.embed(request))
+        except BadRequest as error:
+            raise explain_tokens(error) from None
+        return json_response(await asyncio.to_thread(render_embeddings, body, vectors))
+
+    async def rerank(self, http: Request) -> Response:
+        """`POST /v1/rerank` and its other names."""
+        body = await decode_body(http, self._body_limit_bytes, decode_rerank)
+        card = await self._reranker(body.model)
+        name = body.model or card.name
+        request = parse_rerank(body, model=name, request_id=http.state.request_id, origin=http.state.origin)
+        ranking = await while_connected(http.receive, self._services.rerank(request))
+        return json_response(render_rerank(body, request, card, ranking, f"rerank-{secrets.token_hex(16)}"))
+
+    async def score(self, http: Request) -> Response:
+        """`POST /score`, as vLLM and Docker Model Runner have it."""
+        body = await decode_body(http, self._body_limit_bytes, decode_score)
+        card = await self._reranker(body.model)
+        name = body.model or card.name
+        request = parse_score(body, model=name, request_id=http.state.request_id, origin=http.state.origin)
+        ranking = await while_connected(http.receive, self._services.rerank(request))
+        reply_id, created = f"score-{secrets.token_hex(16)}", int(self._clock())
+        return json_response(render_score(request, card, ranking, reply_id, created))
+
+    async def _reranker(self, name: str | None) -> ModelCard:
+        """The model of that name, or the only reranker there is."""
+        return await self._services.find(name or only_reranker(await self._services.list_models()))
 
     async def list_models(self, http: Request) -> Response:
         """`GET /v1/models`, last modified first; loads nothing."""

@@ -106,3 +106,5 @@ def test_surfaces_say_that_the_request_came_by_model_runner_routes() -> None:
     """Requests under `/engines` are counted with the dialect that they speak."""
     assert surfaces()["/engines/v1/chat/completions"] == "model-runner/chat"
     assert surfaces()["/engines/llama.cpp/v1/completions/"] == "model-runner/completion"
+    assert surfaces()["/engines/v1/embeddings"] == "model-runner/embedding"
+    assert surfaces()["/engines/rerank"] == surfaces()["/engines/llama.cpp/score"] == "model-runner/rerank"

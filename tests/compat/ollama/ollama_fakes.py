@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from compat.ollama.routes import OllamaRoutes, http_error_response
 from engines.errors import InvalidModelName, ModelNotFound
-from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Timings, Usage
+from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, TextDelta, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus, TensorInfo
-from engines.request import GenerateRequest, Mode, Origin
+from engines.request import EmbedRequest, GenerateRequest, Mode, Origin, RerankRequest
 
 ORIGIN = Origin(surface="ollama/completion", caller="tester")
 BODY_LIMIT_BYTES = 100_000
@@ -119,6 +120,8 @@ class FakeServices:
         self.projector: dict[str, Any] | None = None
         self.refusal: Exception | None = None
         self.requests: list[GenerateRequest] = []
+        self.embeds: list[EmbedRequest] = []
+        self.reranks: list[RerankRequest] = []
         self.loads: list[GenerateRequest] = []
         self.unloads: list[GenerateRequest] = []
         self.playbacks: list[Playback] = []
@@ -161,6 +164,22 @@ class FakeServices:
     async def unload(self, request: GenerateRequest) -> None:
         """Remember."""
         self.unloads.append(request)
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Vectors that count: the numbers of each are twice those of the one before. Or the refusal."""
+        self.embeds.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        vectors = tuple(array("f", [0.1 * 2**index, -0.7]) for index in range(len(request.inputs)))
+        return Embeddings(vectors, Usage(prompt_tokens=3 * len(vectors)), Timings(total_s=0.5))
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """The longer a document, the better. Or the refusal."""
+        self.reranks.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        scores = tuple(float(len(text)) - 2 for text in request.documents)
+        return Ranking(scores, Usage(prompt_tokens=3 * len(scores)), Timings(total_s=0.5))
 
     def list_runners(self) -> list[RunnerStatus]:
         """All `runners`."""

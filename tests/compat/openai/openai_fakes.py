@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+from array import array
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from compat.openai.routes import OpenAIRoutes, http_error_response
 from engines.errors import ModelNotFound
-from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Timings, Usage
+from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, TextDelta, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import GenerateRequest, Origin
+from engines.request import EmbedRequest, GenerateRequest, Origin, RerankRequest
 
 ORIGIN = Origin(surface="openai/chat", caller="tester")
 BODY_LIMIT_BYTES = 100_000
@@ -95,6 +96,8 @@ class FakeServices:
         self.cards = list(cards) or [card()]
         self.refusal: Exception | None = None
         self.requests: list[GenerateRequest] = []
+        self.embeds: list[EmbedRequest] = []
+        self.reranks: list[RerankRequest] = []
         self.playbacks: list[Playback] = []
         self.asked = asyncio.Event()
 
@@ -130,6 +133,22 @@ class FakeServices:
     async def unload(self, request: GenerateRequest) -> None:
         """Never asked for by this dialect."""
         raise NotImplementedError
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Vectors that count: the numbers of each are twice those of the one before. Or the refusal."""
+        self.embeds.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        vectors = tuple(array("f", [0.1 * 2**index, -0.7]) for index in range(len(request.inputs)))
+        return Embeddings(vectors, Usage(prompt_tokens=3 * len(vectors)), Timings(total_s=0.5))
+
+    async def rerank(self, request: RerankRequest) -> Ranking:
+        """The longer a document, the better. Or the refusal."""
+        self.reranks.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        scores = tuple(float(len(text)) - 2 for text in request.documents)
+        return Ranking(scores, Usage(prompt_tokens=3 * len(scores)), Timings(total_s=0.5))
 
     def list_runners(self) -> list[RunnerStatus]:
         """Never asked for by this dialect."""

@@ -233,16 +233,17 @@ async def test_an_unexpected_fault_before_the_answer_is_a_plain_500(caplog: pyte
 
 def test_surfaces_name_every_inference_path() -> None:
     """The gateway labels requests by path before any handler runs."""
-    assert surfaces() == {
-        "/v1/chat/completions": "openai/chat",
-        "/v1/chat/completions/": "openai/chat",
-        "/v1/completions": "openai/completion",
-        "/v1/completions/": "openai/completion",
+    named = {
         "/chat/completions": "openai/chat",
-        "/chat/completions/": "openai/chat",
         "/completions": "openai/completion",
-        "/completions/": "openai/completion",
+        "/embeddings": "openai/embedding",
+        "/rerank": "rerank",
+        "/reranking": "rerank",
+        "/score": "rerank",
     }
+    spelled = {base + path: surface for path, surface in named.items() for base in ("/v1", "")}
+    spelled |= {"/v2/rerank": "rerank"}
+    assert surfaces() == {path + end: surface for path, surface in spelled.items() for end in ("", "/")}
 
 
 json_values = st.recursive(
