@@ -23,6 +23,8 @@ class BackendConfiguration:
         use_mlock: keep the weights from being swapped out. tensor_split: shares of each device, empty chooses.
         flash_attention: None leaves it to the engine. cache_type: of K and V, `f16`, `q8_0` or `q4_0`.
         parts: the files of a split model in order, empty for a single one. adapters: LoRA files to apply.
+        prefill_slowdown: how many times longer a step may take for those who decode when a prompt is read beside them.
+        shelf: the folder where prefixes of prompts may be kept, all models' together within `shelf_bytes`.
         runtime_flags: further flags in the engine's own words, where it takes any.
         draft_model: a smaller model that proposes tokens.
     """
@@ -41,6 +43,9 @@ class BackendConfiguration:
     cache_type: str = "f16"
     parts: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
+    prefill_slowdown: float = 2.5
+    shelf: Path | None = None
+    shelf_bytes: int = 0
     draft_model: str = ""
     runtime_flags: tuple[str, ...] = field(default_factory=tuple)
 

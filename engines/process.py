@@ -22,7 +22,9 @@ _KEPT = (
     "PATH", "HOME", "USER", "TMPDIR", "TEMP", "TMP", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
     "SYSTEMROOT",
 )  # fmt: skip
-_KEPT_PREFIXES = ("LC_", "LANG", "PYTHON", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "GGML_", "LLAMA_", "OMP_", "XDG_")
+_KEPT_PREFIXES = (
+    "LC_", "LANG", "PYTHON", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "GGML_", "LLAMA_", "OMP_", "GOMP_", "XDG_",
+)  # fmt: skip
 
 
 class ProcessExited(Exception):

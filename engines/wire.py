@@ -187,7 +187,7 @@ def _encode_sampling(sampling: Sampling) -> dict[str, JSON]:
 
 
 def _decode_bias(plain: list[list[Any]] | None) -> list[tuple[int | str, float]] | None:
-    return plain and [(token, -math.inf if bias is False else bias) for token, bias in plain]
+    return [(token, -math.inf if bias is False else bias) for token, bias in plain] if plain is not None else None
 
 
 def _encode_message(message: Message) -> dict[str, JSON]:

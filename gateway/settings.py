@@ -57,6 +57,8 @@ class Settings:
         flash_attention: None lets the engine choose. cache_type: of the K and V that are kept. use_mlock: keep weights
             from being swapped out. tensor_split: shares of each GPU. memory_limit_bytes: of all models together, 0 lets
             the machine decide.
+        prefill_slowdown: how many times longer a step may take for those who are being answered when a prompt is read
+            beside them. prefix_disk_bytes: what prefixes of prompts may take on the disk, 0 for nothing.
         origins: further browser origins. trusted_proxies: peers whose word on where a request came from is believed.
         body_limit_bytes: largest request body. shutdown_grace_s: how long running requests may go on after SIGTERM.
     """
@@ -77,6 +79,8 @@ class Settings:
     use_mlock: bool
     tensor_split: tuple[float, ...]
     memory_limit_bytes: int
+    prefill_slowdown: float
+    prefix_disk_bytes: int
     origins: tuple[str, ...]
     trusted_proxies: tuple[Network, ...]
     body_limit_bytes: int
@@ -117,6 +121,8 @@ class Settings:
             memory_limit_bytes=read(
                 "HEADWATER_MEMORY_LIMIT", "0", _size, "a number of bytes such as 12GiB, 0 to choose"
             ),
+            prefill_slowdown=read("HEADWATER_PREFILL_SLOWDOWN", "2.5", _slowdown, "a factor from 1.1 to 100"),
+            prefix_disk_bytes=read("HEADWATER_PREFIX_DISK", "4GiB", _size, "a number of bytes, such as 4GiB"),
             origins=read("OLLAMA_ORIGINS", "", parse_origins, "a comma-separated list of origins"),
             trusted_proxies=read(
                 "HEADWATER_TRUSTED_PROXIES",
@@ -187,6 +193,13 @@ def _positive(value: str) -> int:
     if not (count := _count(value)):
         raise ValueError(value)
     return count
+
+
+def _slowdown(value: str) -> float:
+    factor = float(value)
+    if not 1.1 <= factor <= 100:
+        raise ValueError(value)
+    return factor
 
 
 def _flag(value: str) -> bool:
