@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -23,9 +24,11 @@ from engines.events import (
     Event,
     Finished,
     FinishReason,
+    PromptEcho,
     TextDelta,
     ThinkingDelta,
     Timings,
+    TokenLogprob,
     ToolCallDelta,
     Usage,
 )
@@ -35,7 +38,9 @@ from engines.request import (
     Message,
     Origin,
     OutputFormat,
+    Priority,
     Sampling,
+    Syntax,
     Tool,
     ToolCall,
 )
@@ -91,6 +96,14 @@ samplings = st.builds(
     seed=st.none() | st.integers(-(2**70), 2**70),
     stop=st.none() | st.lists(texts, max_size=3).map(tuple),
     max_tokens=st.none() | st.integers(-1, 2**31),
+    xtc_probability=st.none() | numbers,
+    dry_multiplier=st.none() | numbers,
+    dry_allowed_length=st.none() | st.integers(0, 100),
+    dry_sequence_breakers=st.none() | st.lists(texts, max_size=3).map(tuple),
+    mirostat=st.none() | st.integers(0, 2),
+    ignore_eos=st.none() | st.booleans(),
+    logit_bias=st.none()
+    | st.lists(st.tuples(st.integers(0, 200_000) | texts, numbers | st.just(-math.inf)), max_size=3).map(tuple),
 )
 tokens = st.lists(st.integers(0, 200_000), max_size=5).map(tuple)
 prompts = (
@@ -103,20 +116,47 @@ requests = st.builds(
     prompts,
     context_tokens=tokens,
     tools=st.lists(st.builds(Tool, name=texts, description=texts, parameters=objects), max_size=2).map(tuple),
-    format=st.none() | st.builds(OutputFormat, schema=st.none() | objects),
+    format=st.none()
+    | st.builds(OutputFormat, schema=st.none() | objects, triggers=st.lists(texts, max_size=2).map(tuple))
+    | st.builds(
+        OutputFormat,
+        syntax=st.sampled_from([Syntax.REGEX, Syntax.GBNF, Syntax.LARK]),
+        grammar=texts,
+        triggers=st.lists(texts, max_size=2).map(tuple),
+    ),
     sampling=samplings,
     load=st.builds(LoadOptions, num_ctx=st.none() | counts),
     think=st.none() | st.booleans() | st.sampled_from(["low", "high"]),
     template_kwargs=objects,
     truncate=st.booleans(),
+    shift=st.booleans(),
+    num_keep=st.integers(-1, 100),
     num_choices=st.integers(1, MAX_CHOICES),
+    logprobs=st.none() | st.integers(0, 20),
+    echo=st.booleans(),
     return_tokens=st.booleans(),
+    priority=st.sampled_from(Priority),
 )
-usages = st.builds(Usage, counts, counts, counts, counts, counts)
+usages = st.builds(Usage, counts, counts, counts, counts, counts, counts)
+logprobs = st.floats(-100, 0, width=32)
+alternatives = st.builds(TokenLogprob, st.integers(0, 200_000), st.binary(max_size=6), logprobs)
+told = st.lists(
+    st.builds(
+        TokenLogprob,
+        st.integers(0, 200_000),
+        st.binary(max_size=6),
+        logprobs,
+        st.lists(alternatives, max_size=2).map(tuple),
+    ),
+    max_size=3,
+).map(tuple)
 indexes = st.integers(0, 7)
 events = st.one_of(
-    st.builds(TextDelta, st.text(min_size=1), indexes),
-    st.builds(ThinkingDelta, st.text(min_size=1), indexes),
+    st.builds(TextDelta, st.text(min_size=1), indexes, told),
+    st.builds(TextDelta, st.just(""), indexes, told.filter(bool)),
+    st.builds(ThinkingDelta, st.text(min_size=1), indexes, told),
+    st.builds(ThinkingDelta, st.just(""), indexes, told.filter(bool)),
+    st.builds(PromptEcho, st.text(), told),
     st.builds(ToolCallDelta, calls, indexes),
     st.builds(ChoiceFinished, st.sampled_from(FinishReason), indexes),
     st.builds(
@@ -234,6 +274,11 @@ MALFORMED: list[object] = [
     {**SOUND, "response_format": {"type": "json_schema"}},
     {**SOUND, "chat_template_kwargs": [1]},
     {**SOUND, "truncate": "yes"},
+    {**SOUND, "priority": "urgent"},
+    {**SOUND, "logprobs": "all"},
+    {**SOUND, "logit_bias": [[1]]},
+    {**SOUND, "response_format": {"type": "regex"}},
+    {**SOUND, "response_format": {"type": "perl", "grammar": ""}},
     {**SOUND, "think": 5},
     {**SOUND, "context_tokens": ["a"]},
     {**SOUND, "n": 0},
