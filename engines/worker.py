@@ -30,7 +30,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from engines.errors import HeadwaterError, WrongModel
+from engines.errors import Cancelled, HeadwaterError, WrongModel
 from engines.events import Timings, Usage
 from engines.inference import Computation, Generation, InferenceBackend, LoadConfig, Work
 from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
@@ -66,7 +66,7 @@ class Worker:
     def __init__(self, engine: InferenceBackend, names: frozenset[str]) -> None:
         self._engine = engine
         self._names = names
-        self._running: dict[str, asyncio.Future[Work]] = {}
+        self._running: dict[str, asyncio.Future[Any]] = {}  # of Work, once it is admitted
         self._costs: OrderedDict[str, bytes] = OrderedDict()  # of the requests that ended last
 
     def app(self) -> Starlette:
@@ -117,16 +117,15 @@ class Worker:
         """Let the engine take in a request, which can be cancelled from now on."""
         if request.model not in self._names:
             raise WrongModel(request.model, min(self._names))
-        admitted: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
+        admitted = asyncio.ensure_future(admit(request))
         self._running[request.id] = admitted
         try:
-            work = await admit(request)
-        except BaseException:
+            return await admitted
+        except BaseException as error:
             self._running.pop(request.id, None)
-            admitted.cancel()
+            if isinstance(error, asyncio.CancelledError) and not _is_ending():  # only the request was cancelled
+                raise Cancelled from None
             raise
-        admitted.set_result(work)
-        return work
 
     async def _compute(
         self,
@@ -153,12 +152,13 @@ class Worker:
             self._costs.popitem(last=False)
 
     async def cancel(self, http: Request) -> Response:
-        """End a request within one step, as soon as it is admitted, and say what it has cost."""
+        """End a request within one step, and say what it has cost; one that is not admitted yet costs nothing."""
         request_id = http.path_params["id"]
         admitted = self._running.get(request_id)
         if admitted is not None:
+            admitted.cancel()
             await asyncio.wait({admitted})
-            if not admitted.cancelled():
+            if not admitted.cancelled() and admitted.exception() is None:
                 work = admitted.result()
                 await work.aclose()
                 return Response(encode_cost(work.usage, work.timings), media_type="application/json")
@@ -188,6 +188,12 @@ class _Streaming(StreamingResponse):
             yield b"data: " + DONE + b"\n\n"
         except HeadwaterError as error:
             yield b"data: " + encode_error(error) + b"\n\n"
+
+
+def _is_ending() -> bool:
+    """Whether this task itself was cancelled, as all are when the server ends."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _named(http: Request) -> dict[str, str]:
@@ -255,7 +261,7 @@ def make_engine(name: str, mode: Mode) -> InferenceBackend:
 def _watch(engine: InferenceBackend, config: LoadConfig) -> None:
     info = engine.model_info()
     limit_s = step_limit_s(config.step_limit_s, info.size if info else 0)
-    watch(engine, asyncio.get_running_loop(), Patience(step_limit_s=limit_s, loop_limit_s=LOOP_LIMIT_S))
+    watch(engine, asyncio.get_running_loop(), Patience(step_limit_s=limit_s, loop_limit_s=min(limit_s, LOOP_LIMIT_S)))
 
 
 def go_first() -> None:
