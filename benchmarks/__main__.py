@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from benchmarks.arrival import ARRIVAL
 from benchmarks.clients import CLIENTS
+from benchmarks.constrained import run_constrained
 from benchmarks.decode import DECODE
 from benchmarks.embeddings import EMBEDDINGS
 from benchmarks.flood import FLOOD
@@ -19,10 +23,12 @@ from benchmarks.hop import HOP
 from benchmarks.loading import LOADING
 from benchmarks.models import OUT, SHAPES, ensure_model
 from benchmarks.prefix import PREFIX
-from benchmarks.report import Found, missed, print_found, save_found
+from benchmarks.report import Found, missed, print_constrained, print_found, print_soak, save_found
 from benchmarks.restart import RESTART
 from benchmarks.scenario import NUMBERS, Bench, Sample, Scenario
+from benchmarks.server import DEMO, run_server
 from benchmarks.short import SHORT
+from benchmarks.soak import CHAT, EMBED, soak
 from benchmarks.targets import Headwater, LlamaServer, Ollama, PythonServer, Target
 
 SCENARIOS = (DECODE, CLIENTS, PREFIX, ARRIVAL, FLOOD, SHORT, EMBEDDINGS, LOADING, GROWTH, RESTART, HOP)
@@ -108,6 +114,55 @@ def write_models(out: Out = OUT) -> None:
     """Write every model that a scenario uses."""
     for shape in SHAPES.values():
         typer.echo(ensure_model(shape, out))
+
+
+@app.command("soak")
+def run_soak(
+    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 10_000,
+    minutes: Annotated[float, typer.Option(min=0, help="Longest time; 0 is without limit.")] = 0,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 16,
+    leaving: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that hang up early.")] = 0.2,
+    out: Out = OUT,
+) -> None:
+    """Mixed load on small models: exits with 1 when a request, a token or a KV cell is unaccounted for."""
+    console = Console()
+    models = {CHAT: DEMO, EMBED: ensure_model(SHAPES["nomic-137m"].miniature, out)}
+    with run_server(models) as server, Progress(console=console) as progress:
+        task = progress.add_task("soak", total=requests)
+        result = asyncio.run(
+            soak(
+                server,
+                num_requests=requests,
+                num_clients=clients,
+                leaving=leaving,
+                limit_s=60 * minutes or math.inf,
+                tell=lambda num_sent: progress.update(task, completed=num_sent),
+            )
+        )
+    print_soak(result, console)
+    if result.problems:
+        raise typer.Exit(1)
+
+
+@app.command("schemas")
+def run_schemas(
+    count: Annotated[int, typer.Option(min=1, help="Whole answers wanted.")] = 10_000,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 16,
+) -> None:
+    """Answers of the demo model to random JSON schemas: exits with 1 when one does not match by `jsonschema`."""
+    console = Console()
+    with run_server({"demo": DEMO}) as server, Progress(console=console) as progress:
+        task = progress.add_task("schemas", total=count)
+        result = run_constrained(
+            server.base_url,
+            "demo",
+            count=count,
+            clients=clients,
+            tell=lambda now: progress.update(task, completed=now.num_whole),
+        )
+    print_constrained(result, console)
+    if result.problems:
+        raise typer.Exit(1)
 
 
 app.command("all", help="Every scenario.")(_command(SCENARIOS))

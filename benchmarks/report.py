@@ -19,7 +19,9 @@ from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.constrained import Constrained
 from benchmarks.scenario import NUMBERS, Goal, Number, Sample, Scenario
+from benchmarks.soak import Soak
 from benchmarks.targets import HEADWATER
 from engines.request import JSON
 
@@ -101,6 +103,29 @@ def print_found(found: Sequence[Found], flags: Mapping[str, set[str]], rounds: i
             console.print(f"{name}: {flag}", highlight=False)
     for line in _noisy(found):
         console.print(line)
+
+
+def print_soak(result: Soak, console: Console) -> None:
+    """What was sent, what the books say, how memory went, and every problem."""
+    mib = [round(size / 2**20) for size in result.memory]
+    console.print(f"{result.num_sent} requests in {result.seconds:.0f} s, {result.num_left} hung up early")
+    prompt, cached, generated, wasted = (
+        result.ledger[f"{name}_tokens"] for name in ("prompt", "cached", "completion", "wasted")
+    )
+    console.print(f"tokens: {prompt} of prompts, {cached} of them cached; {generated} generated, {wasted} for nobody")
+    console.print(f"memory, MiB, in equal steps: {' '.join(map(str, mib))}")
+    console.print("\n".join(result.problems) or "everything is accounted for", markup=False)
+
+
+def print_constrained(result: Constrained, console: Console) -> None:
+    """How many answers matched their schemas, how fast they came, and what was wrong with the others."""
+    console.print(
+        f"{result.num_whole} whole answers: {result.num_valid} valid, {result.num_invalid} invalid; "
+        f"{result.num_refused} schemas refused, {result.num_cut} answers cut off by their token limit"
+    )
+    rate, tokens = result.num_whole / result.seconds, result.completion_tokens / result.seconds
+    console.print(f"{result.seconds:.0f} s, {rate:.1f} answers/s, {tokens:.0f} tokens/s")
+    console.print("\n".join(result.problems) or "every answer matches its schema", markup=False)
 
 
 def _rows(found: Found, vias: Sequence[str]) -> list[list[str]]:
