@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from engines.errors import Cancelled, HeadwaterError, UnsupportedCapability
 from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import EmbedRequest, GenerateRequest, LoadOptions, Mode, RerankRequest
+from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
 from engines.store.catalog import Catalog
 from gateway.accounting import CLIENT_GONE, Account, Accounts
 from gateway.pool import Pool
@@ -170,13 +170,14 @@ class Dispatch:
     async def _acquire(self, account: Account, request: AnyRequest, card: ModelCard) -> Lease[Runner]:
         account.is_waiting = True
         try:
-            key = self._key(request.load.over(card.load), card, Mode(account.mode))
+            key = self._key(request, card, Mode(account.mode))
             return await self._pool.acquire(key, card, request.keep_alive_s)
         finally:
             account.is_waiting = False
 
-    def _key(self, options: LoadOptions, card: ModelCard, mode: Mode) -> RunnerKey:
+    def _key(self, request: AnyRequest, card: ModelCard, mode: Mode = Mode.COMPLETION) -> RunnerKey:
         """Which runner can serve a request: its window is bounded by what the model was trained with."""
+        options = request.load.over(card.load)
         wanted = max(options.num_ctx or self._num_ctx, MIN_NUM_CTX)
         num_ctx = min(wanted, card.context_length) if card.context_length else wanted
         return RunnerKey(

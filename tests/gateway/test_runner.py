@@ -164,13 +164,6 @@ async def test_a_load_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert worker_pids() == []
 
 
-async def test_a_mode_that_the_backend_does_not_serve_is_a_failed_start(tmp_path: Path) -> None:
-    """Whatever a backend raises reaches the caller."""
-    handle = Handle(tmp_path, mode=Mode.RERANKING)
-    with pytest.raises(HeadwaterError, match="does not serve reranking"):
-        await handle.runner.start(30)
-
-
 class Unstartable(Backend):
     """A backend whose program is not there."""
 

@@ -93,6 +93,9 @@ def test_surfaces_are_those_of_inference() -> None:
     assert OllamaRoutes(FakeServices(), body_limit_bytes=1).surfaces() == {
         "/api/chat": "ollama/completion",
         "/api/generate": "ollama/completion",
+        "/api/embed": "ollama/embedding",
+        "/api/embeddings": "ollama/embedding",
+        "/api/rerank": "rerank",
     }
 
 
