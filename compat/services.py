@@ -18,6 +18,7 @@ from engines.events import (
     TokenLogprob,
     ToolCallDelta,
 )
+from engines.library import CreateRequest, Progress
 from engines.model import ModelCard, ModelDescription, RunnerStatus
 from engines.request import EmbedRequest, GenerateRequest, RerankRequest
 
@@ -61,6 +62,34 @@ class Services(Protocol):
 
     def list_runners(self) -> list[RunnerStatus]:
         """What is loaded now. Never loads or wakes anything."""
+
+
+class Library(Protocol):
+    """What a dialect may ask of the models on disk, beyond finding, listing and describing them.
+
+    Work that takes long is an iterator of what is being done. It raises at once, as a real status, what can be told
+    before anything is done, and later from the iterator; whoever stops iterating early ends the work, of which nothing
+    shows then.
+    """
+
+    async def create(self, request: CreateRequest) -> AsyncIterator[Progress]:
+        """Make a model or replace it. Raises InvalidModelName, BadRequest."""
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name. Raises InvalidModelName, ModelNotFound, AccessDenied."""
+
+    async def delete(self, name: str) -> None:
+        """Delete a model and what only it needed. Raises InvalidModelName, ModelNotFound, AccessDenied."""
+
+    async def has_blob(self, digest: str) -> bool:
+        """Whether a blob is there. Raises BadRequest for what is no digest."""
+
+    async def store_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> bool:
+        """Store a blob, unless it is there already; whether it was new.
+
+        Raises BadRequest when the bytes have another digest, StoreNotWritable, and whatever `chunks` raises. Of what
+        did not arrive whole, nothing is left.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from compat.model_runner.prefix import StripPrefix
 from compat.model_runner.routes import ModelRunnerRoutes
 from compat.model_runner.routes import surfaces as model_runner_surfaces
 from compat.ollama.routes import OllamaRoutes
-from compat.ollama.routes import http_error_response as ollama_http_error
+from compat.ollama.transport import http_error_response as ollama_http_error
 from compat.openai.routes import OpenAIRoutes
 from compat.openai.routes import http_error_response as openai_http_error
 from compat.openai.routes import surfaces as openai_surfaces

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("engines", "compat", "gateway", "migrations")
 RECIPES = ROOT / "engines/store/demo"  # how the demo model was made; no part of the program
 
-VOCABULARY = ("engines.request", "engines.events", "engines.errors", "engines.options", "engines.model")
+VOCABULARY = (
+    *("engines.request", "engines.events", "engines.errors", "engines.options", "engines.model"),
+    "engines.library",
+)
 WIRE = ("engines.wire", "engines.wire_vectors")
 HOUSE = ("compat.*", "engines.backend", *WIRE, "engines.store.*", "engines.chat.*", *VOCABULARY)
 """What the gateway builds on: nothing that runs a model in this process."""
@@ -38,7 +41,7 @@ TABLE = [
     Row(("engines.fake",), ("engines.inference", *VOCABULARY)),
     Row(("engines.worker",), ("engines.*",), ("psutil", "starlette", "uvicorn")),
     Row(("engines.store.*",), ("engines.store.*", "engines.chat.capabilities", *VOCABULARY), ("msgspec",)),
-    Row(("engines.chat.sandbox",), VOCABULARY, ("jinja2",)),
+    Row(("engines.chat.sandbox",), ("engines.chat.meter", *VOCABULARY), ("jinja2",)),
     Row(("engines.chat.*",), ("engines.chat.*", *VOCABULARY), ("msgspec",)),
     Row(
         ("engines.llamacpp.backend",),
@@ -64,7 +67,11 @@ TABLE = [
     Row(("compat.services",), VOCABULARY),
     Row(("compat.body", "compat.streams", "compat.*.prefix"), ("compat.*", *VOCABULARY), ("starlette",)),
     Row(("compat.browser",), VOCABULARY, ("psutil", "starlette")),
-    Row(("compat.*.routes",), ("compat.*", *VOCABULARY), ("msgspec", "starlette")),
+    Row(
+        ("compat.*.routes", "compat.*.library", "compat.*.transport"),
+        ("compat.*", *VOCABULARY),
+        ("msgspec", "starlette"),
+    ),
     Row(("compat.vectors",), VOCABULARY, ("msgspec", "numpy")),
     Row(("compat.ollama.names",), ("compat.*", "engines.store.names", *VOCABULARY)),
     Row(

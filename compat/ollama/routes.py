@@ -1,8 +1,6 @@
 """The Ollama dialect's handlers: decode, parse, ask the house, render.
 
-Every handler answers its own errors in Ollama's shape, so the app around it needs no exception handler for them; only
-unknown paths and methods never reach a handler and have `http_error_response`. A path with a trailing slash redirects
-to the path without (`spec/ollama.md` section 1).
+`transport.py` holds what is around each of them; `library.py` has those that change the models on disk.
 """
 
 from __future__ import annotations
@@ -10,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from compat.body import decode_body
 from compat.ollama.decode import (
@@ -37,7 +34,7 @@ from compat.ollama.embeddings import (
     render_embeddings,
     render_rerank,
 )
-from compat.ollama.errors import ErrorReply, ModelNotPulled, render_error
+from compat.ollama.errors import ModelNotPulled
 from compat.ollama.gojson import encode
 from compat.ollama.listing import render_processes, render_tags
 from compat.ollama.names import refuse_cloud, short_name
@@ -45,16 +42,15 @@ from compat.ollama.parse import parse_chat, parse_generate, parse_unload
 from compat.ollama.render import ChatObjects, GenerateObjects, Reply
 from compat.ollama.schema import GenerationBody, VersionReply
 from compat.ollama.show import render_show
-from compat.services import Answer, Refusal, Services, collect
+from compat.ollama.transport import json_response, report, required, route, with_redirect
+from compat.services import Answer, Services, collect
 from compat.streams import NDJSONResponse, aclose, while_connected
-from engines.errors import BadRequest, HeadwaterError, ModelNotFound
+from engines.errors import BadRequest, ModelNotFound
 from engines.events import Event, FinishReason
 from engines.model import ModelCard
 from engines.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 VERSION = "0.33.0"
 """The Ollama whose API this is; clients compare it with what they need."""
@@ -99,16 +95,16 @@ class OllamaRoutes:
     def routes(self) -> list[BaseRoute]:
         """Every route."""
         return [
-            _route("/", self.root, "GET", "HEAD"),
-            *_with_redirect("/api/version", self.show_version, "GET", "HEAD"),
-            *_with_redirect("/api/tags", self.list_models, "GET", "HEAD"),
-            *_with_redirect("/api/ps", self.list_runners, "GET"),
-            *_with_redirect("/api/show", self.show_model, "POST"),
-            *_with_redirect("/api/chat", self.chat, "POST"),
-            *_with_redirect("/api/generate", self.generate, "POST"),
-            *_with_redirect("/api/embed", self.embed, "POST"),
-            *_with_redirect("/api/embeddings", self.embeddings, "POST"),
-            *_with_redirect("/api/rerank", self.rerank, "POST"),
+            route("/", self.root, "GET", "HEAD"),
+            *with_redirect("/api/version", self.show_version, "GET", "HEAD"),
+            *with_redirect("/api/tags", self.list_models, "GET", "HEAD"),
+            *with_redirect("/api/ps", self.list_runners, "GET"),
+            *with_redirect("/api/show", self.show_model, "POST"),
+            *with_redirect("/api/chat", self.chat, "POST"),
+            *with_redirect("/api/generate", self.generate, "POST"),
+            *with_redirect("/api/embed", self.embed, "POST"),
+            *with_redirect("/api/embeddings", self.embeddings, "POST"),
+            *with_redirect("/api/rerank", self.rerank, "POST"),
         ]
 
     async def root(self, http: Request) -> Response:
@@ -130,7 +126,7 @@ class OllamaRoutes:
     async def show_model(self, http: Request) -> Response:
         """`POST /api/show`."""
         body = await decode_body(http, self._body_limit_bytes, decode_show)
-        name = _required(body.model or body.name)
+        name = required(body.model or body.name)
         refuse_cloud(name, "remote model details are unavailable")
         try:
             description = await self._services.describe(name)
@@ -143,7 +139,7 @@ class OllamaRoutes:
     async def chat(self, http: Request) -> Response:
         """`POST /api/chat`."""
         body = await decode_body(http, self._body_limit_bytes, decode_chat)
-        card = await self._find(_required(body.model))
+        card = await self._find(required(body.model))
         reply = ChatObjects(body.model)
         if not body.messages and body.keep_alive == 0.0:
             return await self._unload(http, body, reply)
@@ -177,7 +173,7 @@ class OllamaRoutes:
     async def embeddings(self, http: Request) -> Response:
         """`POST /api/embeddings`, the old form."""
         body = await decode_body(http, self._body_limit_bytes, decode_embeddings)
-        await self._find_to_embed(_required(body.model))
+        await self._find_to_embed(required(body.model))
         request = parse_embeddings(body, request_id=http.state.request_id, origin=http.state.origin)
         try:
             embeddings = await while_connected(http.receive, self._services.embed(request))
@@ -240,59 +236,4 @@ async def lines(reply: Reply, events: AsyncIterator[Event], clock: Callable[[], 
                 yield rendered + b"\n"
     except Exception as error:  # noqa: BLE001  the status is sent: the last line is the only place left to tell
         logger.warning("an answer broke off: %s", error)
-        yield _report(error).body + b"\n"
-
-
-def endpoint(handler: Handler) -> Handler:
-    """The handler, its errors rendered in Ollama's shape."""
-
-    async def answer(http: Request) -> Response:
-        try:
-            return await handler(http)
-        except Exception as error:  # noqa: BLE001  the dialect's outermost edge: every request gets an answer
-            http.state.refusal = Refusal.of(error)
-            reply = _report(error)
-            return Response(reply.body, reply.status, reply.headers, media_type="application/json; charset=utf-8")
-
-    return answer
-
-
-def json_response(body: bytes) -> Response:
-    """A successful reply."""
-    return Response(body, media_type="application/json; charset=utf-8")
-
-
-def http_error_response(http: Request, error: HTTPException) -> Response:
-    """Starlette's 404 and 405, for paths that have no handler."""
-    text = b"405 method not allowed" if error.status_code == 405 else b"404 page not found"
-    return Response(text, error.status_code, {**(error.headers or {}), "Content-Type": "text/plain"})
-
-
-def _report(error: Exception) -> ErrorReply:
-    if not isinstance(error, HeadwaterError):
-        logger.error("a request failed unexpectedly", exc_info=error)
-    return render_error(error)
-
-
-def _required(name: str) -> str:
-    if not name.strip():
-        raise BadRequest("model is required", param="model")
-    return name
-
-
-def _with_redirect(path: str, handler: Handler, *methods: str) -> list[BaseRoute]:
-    """The route, and one that sends the path with a trailing slash there."""
-    return [_route(path, handler, *methods), _route(f"{path}/", _redirect, *methods)]
-
-
-def _route(path: str, handler: Handler, *methods: str) -> BaseRoute:
-    route = Route(path, endpoint(handler), methods=methods)
-    route.methods = set(methods)  # Starlette answers HEAD wherever it answers GET; Ollama does not
-    return route
-
-
-async def _redirect(http: Request) -> Response:
-    """To the path without its trailing slash; all but GET must be sent again as they are."""
-    query = f"?{http.url.query}" if http.url.query else ""
-    location = http.scope["path"].rstrip("/") + query
-    return Response(status_code=301 if http.method == "GET" else 307, headers={"Location": location})
+        yield report(error).body + b"\n"

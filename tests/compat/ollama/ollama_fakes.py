@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from compat.ollama.routes import OllamaRoutes, http_error_response
+from compat.ollama.routes import OllamaRoutes
+from compat.ollama.transport import http_error_response
 from engines.errors import InvalidModelName, ModelNotFound
 from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, TextDelta, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus, TensorInfo
