@@ -83,18 +83,24 @@ def _command(scenarios: Sequence[Scenario]) -> Callable[..., None]:
 
 
 def run_scenarios(scenarios: Sequence[Scenario], bench: Bench, console: Console) -> list[Found]:
-    """Every scenario in turn."""
-    results = []
-    for scenario in scenarios:
-        found = Found(scenario)
-        results.append(found)
-        with console.status(scenario.name) as status:
-            bench.tell = lambda step, name=scenario.name: status.update(f"{name}: {step}")  # type: ignore[misc]
-            for sample in scenario.measure(bench):
-                found.samples.append(sample)
-                console.print(_brief(scenario, sample), style="dim", highlight=False)
-        found.failures, bench.failures = bench.failures, []
-    return results
+    """Every scenario in turn; an interrupt ends the run and keeps what there is."""
+    results = [Found(scenario) for scenario in scenarios]
+    try:
+        for found in results:
+            _run_scenario(found, bench, console)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+    return [found for found in results if found.samples or found.failures]
+
+
+def _run_scenario(found: Found, bench: Bench, console: Console) -> None:
+    name = found.scenario.name
+    bench.failures = found.failures
+    with console.status(name) as status:
+        bench.tell = lambda step: status.update(f"{name}: {step}")
+        for sample in found.scenario.measure(bench):
+            found.samples.append(sample)
+            console.print(_brief(found.scenario, sample), style="dim", highlight=False)
 
 
 def _brief(scenario: Scenario, sample: Sample) -> str:

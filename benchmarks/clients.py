@@ -1,6 +1,6 @@
 """Scenario `clients`: from one to many clients with prompts of all lengths, as real clients have.
 
-Each asks several times in a row, prompts of 32 to 512 tokens and answers of 32 to 96; half of them use one of two
+Each asks two to six times in a row, prompts of 32 to 512 tokens and answers of 32 to 96; half of them use one of two
 system prompts, as clients of the same software do. Every target gets the same requests in the same round.
 """
 
@@ -27,7 +27,8 @@ def measure(bench: Bench) -> Iterator[Sample]:
 
 
 def _ask(bench: Bench, clients: int, server: Running, turn: int) -> dict[str, float]:
-    return server.load(mixed_requests(clients, bench.size(6 if clients == 1 else 3, 2), turn)).numbers()
+    requests = bench.size(6 if clients == 1 else 3 if clients <= 8 else 2, 2)
+    return server.load(mixed_requests(clients, requests, turn)).numbers()
 
 
 def mixed_requests(clients: int, requests: int, seed: int) -> list[list[Ask]]:
@@ -51,7 +52,7 @@ def _length(writer: Writer, system: str) -> int:
 
 CLIENTS = Scenario(
     "clients",
-    "prompts of 32 to 512 tokens, answers of 32 to 96, several requests a client, half with a shared system prompt",
+    "prompts of 32 to 512 tokens, answers of 32 to 96, 2 to 6 requests a client, half with a shared system prompt",
     measure,
     ("wall_tps", "ttft_p50_s"),
     tuple(

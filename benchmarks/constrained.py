@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jsonschema
 import uvloop
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 from benchmarks.load import RequestFailed, exchange, read_body
 from benchmarks.schemas import SchemaWriter
@@ -111,8 +112,8 @@ def judge(text: str, schema: JSON) -> str:
         value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_duplicates)
     except ValueError as error:
         return f"{text[:200]!r} is not JSON: {error}"
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
-    return f"{text[:200]!r}: {error.message[:200]}" if error else ""
+    wrong = best_match(Draft202012Validator(schema).iter_errors(value))
+    return f"{text[:200]!r}: {wrong.message[:200]}" if wrong else ""
 
 
 def _refuse(name: str) -> None:

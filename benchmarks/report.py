@@ -99,8 +99,7 @@ def print_found(found: Sequence[Found], flags: Mapping[str, set[str]], rounds: i
         for failure in one.failures:
             console.print(f"failed: {failure}", style="red", highlight=False, markup=False)
     for name, each in flags.items():
-        for flag in sorted(each):
-            console.print(f"{name}: {flag}", highlight=False)
+        console.print(f"{name} was started with {', or '.join(sorted(each))}", highlight=False)
     for line in _noisy(found):
         console.print(line)
 
