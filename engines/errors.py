@@ -18,6 +18,9 @@
     ├── WorkerCrashed                  500 worker_crashed
     │   └── WorkerKilled               500 worker_crashed
     ├── ModelNotLoaded                 409 model_not_loaded
+    ├── RegistryError                  500 registry_error
+    │   ├── NotInRegistry              500 not_in_registry
+    │   └── RegistryDenied             500 registry_denied
     └── Cancelled                      499 cancelled
 
 Each class knows its HTTP status and a stable code that goes into the ledger; how a client reads it is decided in its
@@ -191,6 +194,37 @@ class ModelNotLoaded(HeadwaterError):
 
     def __init__(self) -> None:
         super().__init__("No model loaded")
+
+
+class RegistryError(HeadwaterError):
+    """A registry cannot be reached, refuses, or says what makes no sense. 500 is what Ollama answers.
+
+    `transient` says that the same request may succeed a moment later.
+    """
+
+    code = "registry_error"
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class NotInRegistry(RegistryError):
+    """The registry has no such model or blob; clients know the text."""
+
+    code = "not_in_registry"
+
+    def __init__(self, message: str = "file does not exist") -> None:
+        super().__init__(message)
+
+
+class RegistryDenied(RegistryError):
+    """The registry wants credentials that we do not have, or other ones; clients know the text."""
+
+    code = "registry_denied"
+
+    def __init__(self, message: str = "unauthorized: access denied") -> None:
+        super().__init__(message)
 
 
 class Cancelled(HeadwaterError):

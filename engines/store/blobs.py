@@ -43,21 +43,25 @@ def blob_path(models: Path, digest: str) -> Path:
 def write_blob(models: Path, data: bytes) -> str:
     """Store bytes under their digest and return it. A blob that is there already is only touched.
 
-    The new time keeps an Ollama that shares the directory from pruning the blob before a manifest names it.
-
     Raises:
         StoreNotWritable: the directory or the disk refuses.
     """
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if not keep_blob(models, digest, len(data)):
+        write_atomically(blob_path(models, digest), data)
+    return digest
+
+
+def keep_blob(models: Path, digest: str, size_bytes: int) -> bool:
+    """Whether a blob is there and whole. It gets a new time, so that nobody prunes it before a manifest names it."""
     path = blob_path(models, digest)
     try:
-        if path.stat().st_size == len(data):
-            os.utime(path)
-            return digest
+        if path.stat().st_size != size_bytes:
+            return False
+        os.utime(path)
     except OSError:
-        pass  # missing, or another user's: writing it tells
-    write_atomically(path, data)
-    return digest
+        return False  # missing, or another user's: writing it tells
+    return True
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
@@ -89,7 +93,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{secrets.token_hex(16)}.tmp")  # a leading dot is valid in no name and no digest
     try:
-        _make_directories(path.parent)
+        make_directories(path.parent)
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             with os.fdopen(descriptor, "wb") as file:
@@ -99,18 +103,19 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _flush_directory(path.parent)
+        flush_directory(path.parent)
     except OSError as error:
         raise StoreNotWritable(f"cannot write {path}: {error.strerror}") from error
 
 
-def _make_directories(directory: Path) -> None:
-    """`mkdir(parents=True)` would give only the last directory the mode."""
+def make_directories(directory: Path) -> None:
+    """Make what is missing, all with the mode; `mkdir(parents=True)` would give it only to the last."""
     for missing in [each for each in (directory, *directory.parents) if not each.exists()][::-1]:
         missing.mkdir(mode=0o755, exist_ok=True)
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """Make what was created, renamed or removed in a directory outlast a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,9 +21,21 @@ from engines.store.gojson import encode_json
 from engines.store.names import ModelName
 
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
+OCI_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 LAYER_TYPE = "application/vnd.ollama.image."
 """A layer's media type is this and its kind: model, projector, adapter, template, system, params, license, ..."""
+
+_KINDS = {
+    f"{LAYER_TYPE}prompt": "template",
+    "application/vnd.docker.ai.gguf.v3": "model",
+    "application/vnd.docker.ai.mmproj": "projector",
+    "application/vnd.docker.ai.license": "license",
+    "application/vnd.docker.ai.chat.template.jinja": "chat_template",
+    "application/vnd.cncf.model.weight.v1.raw": "model",
+    "application/vnd.cncf.model.weight.v1.gguf": "model",
+}
+"""Kinds that are not the media type's last word: Ollama's old one, Docker's and ModelPack's."""
 
 MAX_JSON_BYTES = 4 << 20
 """Of a manifest or a config. A safetensors model of several thousand tensors has a manifest of about 1 MB."""
@@ -50,9 +62,8 @@ class Layer(msgspec.Struct, frozen=True, omit_defaults=True, rename={"media_type
 
     @property
     def kind(self) -> str:
-        """The media type's last word; `prompt` is the old word for `template`."""
-        kind = self.media_type.removeprefix(LAYER_TYPE)
-        return "template" if kind == "prompt" else kind
+        """What the blob is for; the whole media type when that is nothing we know."""
+        return _KINDS.get(self.media_type) or self.media_type.removeprefix(LAYER_TYPE)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
