@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
+from engines.chat.meter import MAX_SOURCE_CHARS
 from engines.chat.sandbox import make_environment, render
 from engines.errors import TemplateError
 from engines.request import JSON, Message, Tool
-
-MAX_SOURCE_CHARS = 256 * 1024
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

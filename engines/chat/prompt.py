@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engines.chat.jinja import ChatTemplate
+from engines.chat.meter import MAX_OUTPUT_CHARS
 from engines.chat.parser import THINK, ReplyFormat
-from engines.chat.sandbox import MAX_OUTPUT_CHARS
 from engines.errors import BadRequest, PromptTooLong, TemplateError
 from engines.request import JSON, GenerateRequest, Message
 

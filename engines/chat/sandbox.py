@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
@@ -23,37 +22,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import SandboxedEnvironment
 
+from engines.chat.meter import MAX_OUTPUT_CHARS, Meter
 from engines.errors import TemplateError
 
-MAX_OUTPUT_CHARS = 4 * 1024 * 1024
-MAX_BUILT_CHARS = 32 * MAX_OUTPUT_CHARS
 MAX_INTEGER_BITS = 64 * 1024
 MAX_CLOCK_CHARS = 256
-MAX_SECONDS = 2.0
 
 
-class _Meter:
-    """What one render may still spend."""
-
-    def __init__(self) -> None:
-        self._deadline = time.monotonic() + MAX_SECONDS
-        self._num_left = MAX_BUILT_CHARS
-
-    def tick(self) -> str:
-        """Called at every turn of a loop and every call; renders as nothing."""
-        if time.monotonic() > self._deadline:
-            raise TemplateError(f"the chat template ran longer than {MAX_SECONDS:g} s")
-        return ""
-
-    def spend(self, size: int) -> None:
-        """Called where something of `size` characters is built, before it is wherever that can be told."""
-        self._num_left -= size
-        if size > MAX_OUTPUT_CHARS or self._num_left < 0:
-            raise TemplateError(f"the chat template built a text of more than {MAX_OUTPUT_CHARS} characters")
-        self.tick()
-
-
-_meter: ContextVar[_Meter] = ContextVar("meter")
+_meter: ContextVar[Meter] = ContextVar("meter")
 _WIDE = re.compile(r"\d{5}")
 _WIDEST = 9999
 
@@ -311,7 +287,7 @@ def make_environment(now: Callable[[], datetime]) -> SandboxedEnvironment:
 
 def render(template: Template, values: Mapping[str, Any]) -> str:
     """Render a template of `make_environment` under a fresh meter. Raises whatever the template makes happen."""
-    token = _meter.set(_Meter())
+    token = _meter.set(Meter())
     try:
         parts: list[str] = []
         size = 0
