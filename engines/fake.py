@@ -2,9 +2,10 @@
 
 It answers with the words of the last message (or of the prompt), one token a word, at `tokens_per_s`. A text's vector
 is made of its words and nothing else, and a document scores by the words that it shares with the query. A "model" is a
-small JSON file: `{"load_s": 0.0, "tokens_per_s": 1000, "num_ctx": 4096, "fail": "", "crash_after": null}`, every key
-optional. `fail` makes the load fail with that text; `crash_after` ends the process after so many tokens. Timing is
-honest: several requests share nothing, as on a machine with cores to spare.
+small JSON file: `{"load_s": 0.0, "tokens_per_s": 1000, "num_ctx": 4096, "fail": "", "crash_after": null, "crash":
+"exit"}`, every key optional. `fail` makes the load fail with that text; after `crash_after` tokens the process ends
+(`exit`, or `abort` as C++ does), runs in circles (`spin`) or never finishes its step (`stall`). Timing is honest:
+several requests share nothing, as on a machine with cores to spare.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from array import array
 from collections.abc import AsyncIterator, Sequence
@@ -29,6 +31,7 @@ from engines.request import EmbedRequest, GenerateRequest, RerankRequest
 T = TypeVar("T")
 
 NUM_DIMENSIONS = 8
+LOAD_PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,29 @@ class FakeModel:
     num_ctx: int = 4096
     fail: str = ""
     crash_after: int | None = None
+    crash: str = "exit"
+
+
+async def _exit() -> None:
+    os._exit(9)
+
+
+async def _abort() -> None:
+    sys.stderr.write("GGML_ASSERT(everything is fine) failed\n")
+    sys.stderr.flush()
+    os.abort()
+
+
+async def _spin() -> None:
+    while True:
+        pass
+
+
+async def _stall() -> None:
+    await asyncio.Event().wait()
+
+
+_CRASHES = {"exit": _exit, "abort": _abort, "spin": _spin, "stall": _stall}
 
 
 class FakeEngine(InferenceBackend):
@@ -48,6 +74,8 @@ class FakeEngine(InferenceBackend):
     def __init__(self) -> None:
         self._model: FakeModel | None = None
         self.num_running = 0
+        self.num_steps = 0
+        self.load_progress = 0.0
 
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Read the model file, and take as long as it says."""
@@ -58,7 +86,9 @@ class FakeEngine(InferenceBackend):
             raise ModelNotFound(model_path.name) from None
         except (ValueError, TypeError) as error:
             raise ModelLoadFailed(f"{model_path.name} is no fake model: {error}") from error
-        await asyncio.sleep(model.load_s)
+        for part in range(LOAD_PARTS):
+            self.load_progress = part / LOAD_PARTS
+            await asyncio.sleep(model.load_s / LOAD_PARTS)
         if model.fail:
             raise ModelLoadFailed(model.fail)
         self._model, self.model_path, self.config = model, model_path, config
@@ -80,7 +110,12 @@ class FakeEngine(InferenceBackend):
     def stats(self) -> EngineStats:
         """How many requests run."""
         num_ctx = self._model.num_ctx if self._model else 0
-        return EngineStats(num_ctx=num_ctx, num_running=self.num_running)
+        return EngineStats(
+            num_ctx=num_ctx,
+            num_running=self.num_running,
+            load_progress=self.load_progress,
+            totals={"steps": self.num_steps},
+        )
 
     async def generate(self, request: GenerateRequest) -> FakeGeneration:
         """Admit a request whose words fit the window."""
@@ -209,8 +244,9 @@ class FakeGeneration:
             if self._is_over:
                 raise Cancelled
             if self._model.crash_after is not None and self._num_said >= self._model.crash_after:
-                os._exit(9)
+                await _CRASHES[self._model.crash]()
             self._num_said += 1
+            self._engine.num_steps += 1
             yield TextDelta(word if i == 0 else f" {word}")
         reason = FinishReason.LENGTH if self._was_cut else FinishReason.STOP
         yield ChoiceFinished(reason)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import math
 import os
 import sys
 import threading
@@ -34,8 +33,8 @@ class Patience:
     """
 
     def __init__(self, *, step_limit_s: float, loop_limit_s: float, interval_s: float = INTERVAL_S) -> None:
-        self._step_limit = math.ceil(step_limit_s / interval_s)
-        self._loop_limit = math.ceil(loop_limit_s / interval_s)
+        self._step_limit = step_limit_s / interval_s
+        self._loop_limit = loop_limit_s / interval_s
         self._interval_s = interval_s
         self._steps = self._beats = -1.0
         self._still = self._silent = 0
@@ -45,10 +44,10 @@ class Patience:
         self._still = self._still + 1 if num_busy and steps == self._steps else 0
         self._silent = self._silent + 1 if beats == self._beats else 0
         self._steps, self._beats = steps, beats
-        if self._still >= self._step_limit:
-            return f"no step has finished for {self._still * self._interval_s:g} s, with {num_busy} requests in hand"
         if self._silent >= self._loop_limit:
             return f"the event loop has been stuck for {self._silent * self._interval_s:g} s"
+        if self._still >= self._step_limit:
+            return f"no step has finished for {self._still * self._interval_s:g} s, with {num_busy} requests in hand"
         return None
 
 

@@ -87,7 +87,9 @@ class House:
     def __init__(self, settings: Settings, backend: Backend | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.backend = backend or LlamaCppBackend(lambda digest: blob_path(settings.models, digest))
+        self.backend = backend or LlamaCppBackend(
+            lambda digest: blob_path(settings.models, digest), step_limit_s=settings.step_limit_s
+        )
         self._sockets = _socket_directory(settings.data)
         self._generation = count(1)
         self._measured: dict[RunnerKey, dict[int, int]] = {}

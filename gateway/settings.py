@@ -51,6 +51,7 @@ class Settings:
     Attributes:
         models: the store, in Ollama's layout. data: database, sockets and logs.
         keep_alive_s: how long an idle model stays; infinite for ever. load_timeout_s: the longest load.
+        step_limit_s: the longest step of a small model; a worker that takes longer hangs and is ended.
         num_parallel: requests a model serves at once; 0 lets the server choose.
         max_loaded_models: models resident at once. max_queue: requests that may wait for a model or a place.
         context_length: window where neither request nor model says one; 0 lets the server choose.
@@ -70,6 +71,7 @@ class Settings:
     database_url: str
     keep_alive_s: float
     load_timeout_s: float
+    step_limit_s: float
     num_parallel: int
     max_loaded_models: int
     max_queue: int
@@ -110,6 +112,7 @@ class Settings:
             ),
             keep_alive_s=read("OLLAMA_KEEP_ALIVE", "5m", _keep_alive, "seconds or a duration such as 5m, -1 for ever"),
             load_timeout_s=read("OLLAMA_LOAD_TIMEOUT", "5m", _load_timeout, "seconds or a duration such as 5m"),
+            step_limit_s=read("HEADWATER_STEP_LIMIT", "2m", _load_timeout, "seconds or a duration such as 2m"),
             num_parallel=read("OLLAMA_NUM_PARALLEL", "0", _count, "a whole number, 0 to choose"),
             max_loaded_models=read("OLLAMA_MAX_LOADED_MODELS", "0", _count, "a whole number, 0 to choose") or 3,
             max_queue=read("OLLAMA_MAX_QUEUE", "512", _positive, "a whole number above 0"),

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,13 +37,22 @@ class LlamaCppBackend(Backend):
 
     Args:
         locate: the GGUF of a model id. engine: the worker's engine; tests run the fake one in real processes.
-        grace_s: how long a worker may take to stop before it is killed.
+        grace_s: how long a worker may take to stop before it is killed. step_limit_s: how long a step may take, with
+            more for large models, before the worker counts as hanging.
     """
 
-    def __init__(self, locate: Callable[[str], Path], *, engine: str = "llamacpp", grace_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        locate: Callable[[str], Path],
+        *,
+        engine: str = "llamacpp",
+        grace_s: float = 5.0,
+        step_limit_s: float = 120.0,
+    ) -> None:
         self._locate = locate
         self._engine = engine
         self._grace_s = grace_s
+        self._step_limit_s = step_limit_s
 
     @property
     def name(self) -> str:
@@ -56,7 +65,8 @@ class LlamaCppBackend(Backend):
         """Run a worker process until cancelled."""
         argv = [sys.executable, "-m", "engines.worker", "--engine", self._engine, "--mode", mode]
         argv += ["--socket", str(socket), "--model", str(self._locate(model)), "--name", model, "--name", model_ref]
-        argv += ["--config", json.dumps(asdict(_load_config(config or BackendConfiguration())))]
+        load_config = replace(_load_config(config or BackendConfiguration()), step_limit_s=self._step_limit_s)
+        argv += ["--config", json.dumps(asdict(load_config))]
         try:
             await run_process(argv, name=f"worker {model_ref}", grace_s=self._grace_s)
         except ProcessExited as end:

@@ -46,9 +46,9 @@ class FakeHouse(House):
         return row
 
 
-def fake_backend(root: Path) -> LlamaCppBackend:
+def fake_backend(root: Path, **limits: float) -> LlamaCppBackend:
     """A backend of real processes around the fake engine."""
-    return LlamaCppBackend(lambda digest: root / "model.json", engine="fake", grace_s=1.0)
+    return LlamaCppBackend(lambda digest: root / "model.json", engine="fake", grace_s=1.0, **limits)
 
 
 def describe_model(root: Path, **says: Any) -> None:
@@ -57,11 +57,13 @@ def describe_model(root: Path, **says: Any) -> None:
 
 
 @asynccontextmanager
-async def fake_house(root: Path, model: dict[str, Any] | None = None, **env: str) -> AsyncIterator[FakeHouse]:
+async def fake_house(
+    root: Path, model: dict[str, Any] | None = None, kind: type[FakeHouse] = FakeHouse, **env: str
+) -> AsyncIterator[FakeHouse]:
     """An open house; when it is closed, no worker and no socket may be left."""
     seed_demo(root / "models", root / "seeded")
     describe_model(root, **(model or {}))
-    house = FakeHouse(root, **env)
+    house = kind(root, **env)
     await house.open()
     try:
         yield house
