@@ -197,7 +197,7 @@ class Pool(Generic[R]):
         self._remove(resident)
         affected = [waiter for waiter in self.waiting if was_starting and resident.serves(waiter.key)]
         if self._can_retry(resident, error) and affected:
-            log.warning("%s ran out of memory while it was loading: idle models go, then it is tried again", resident)
+            log.warning("%s ran out of memory while loading: idle models go, and it is tried again", resident.card.name)
             for waiter in affected:
                 waiter.wants_all = True
         else:
