@@ -40,6 +40,12 @@ TABLE = [
     Row(WIRE, ("engines.wire", *VOCABULARY), ("msgspec",)),
     Row(("engines.fake",), ("engines.inference", *VOCABULARY)),
     Row(("engines.worker",), ("engines.*",), ("psutil", "starlette", "uvicorn")),
+    Row(("engines.store.registry_keys",), ("engines.store.blobs", *VOCABULARY), ("cryptography",)),
+    Row(
+        (*("engines.store.registry", "engines.store.registry_*"), "engines.store.transfer", "engines.store.upload"),
+        ("engines.store.*", *VOCABULARY),
+        ("httpx", "msgspec"),
+    ),
     Row(("engines.store.*",), ("engines.store.*", "engines.chat.capabilities", *VOCABULARY), ("msgspec",)),
     Row(("engines.chat.sandbox",), ("engines.chat.meter", *VOCABULARY), ("jinja2",)),
     Row(("engines.chat.*",), ("engines.chat.*", *VOCABULARY), ("msgspec",)),
