@@ -313,6 +313,15 @@ class Context:
             lib.llama_free(self.handle)
             self.handle = None
 
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute."""
+        return int(lib.llama_n_threads(self.handle))
+
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from the next decode on."""
+        lib.llama_set_n_threads(self.handle, count, count)
+
     def clear_batch(self) -> None:
         """Start a new batch."""
         self._count = 0

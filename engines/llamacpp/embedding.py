@@ -165,7 +165,8 @@ class EmbeddingEngine(InferenceBackend):
 
     async def embed(self, request: EmbedRequest) -> JobComputation[Sequence[Vector[float]]]:
         """Tokenize and submit; raises what makes the request impossible."""
-        if self._mode is not Mode.EMBEDDING or self._pools_to_none_or_rank():
+        self._require_loaded()
+        if self._mode is not Mode.EMBEDDING or self._header.pooling in (Pooling.NONE, Pooling.RANK):
             raise UnsupportedCapability(request.model, "embedding")
         num_ctx = min(request.load.num_ctx or self._num_ctx, self._num_ctx)
         tokenize = partial(self._inputs, request.inputs, num_ctx, truncate=request.truncate)
@@ -175,18 +176,15 @@ class EmbeddingEngine(InferenceBackend):
 
     async def rerank(self, request: RerankRequest) -> JobComputation[Sequence[float]]:
         """Tokenize and submit; raises what makes the request impossible."""
+        self._require_loaded()
         if self._mode is not Mode.RERANKING or self._header.pooling is not Pooling.RANK:
             raise UnsupportedCapability(request.model, "rerank")
         num_ctx = min(request.load.num_ctx or self._num_ctx, self._num_ctx)
         return await self._submit(partial(self._pair_inputs, request, num_ctx), request.priority, _scores)
 
-    def _pools_to_none_or_rank(self) -> bool:
-        return self._header.pooling in (Pooling.NONE, Pooling.RANK)
-
     async def _submit(
         self, tokenize: Callable[[], list[Pair]], priority: Priority, finish: Callable[[Vectors], T]
     ) -> JobComputation[T]:
-        self._require_loaded()
         arrived = time.monotonic()
         inputs = await asyncio.get_running_loop().run_in_executor(self._prompts, tokenize)
         self._require_loaded()

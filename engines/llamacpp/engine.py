@@ -44,6 +44,7 @@ from engines.llamacpp.sampling import make_chooser, resolve_bias
 from engines.llamacpp.scheduler import MAX_MEASURED, Scheduler
 from engines.llamacpp.sequence import Sequence, TokenChooser
 from engines.llamacpp.shelf import Shelf, fingerprint
+from engines.llamacpp.threads import Threads
 from engines.request import GenerateRequest, Sampling
 from engines.store.gguf import read_header
 
@@ -116,6 +117,7 @@ class LlamaCppEngine(InferenceBackend):
                 self._publish,
                 self._fail,
                 pace=Pace(slowdown=config.prefill_slowdown, max_chunk=self._scheduler.num_batch),
+                threads=Threads(self._context.num_threads),
                 piece=model.piece,
                 shelf=self._shelf,
             )

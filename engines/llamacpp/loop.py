@@ -22,6 +22,7 @@ from engines.llamacpp.pace import Pace
 from engines.llamacpp.scheduler import Batch, Change, Clear, Copy, Restore, Scheduler, Slice, Trim
 from engines.llamacpp.sequence import Sequence
 from engines.llamacpp.shelf import Shelf
+from engines.llamacpp.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class EngineLoop:
     """Runs steps in its own thread while there is work, and sleeps while there is none.
 
     Args:
-        pace: how much prefill may ride along with decodes. piece: the bytes of a token, for those who are told.
+        pace: how much prefill may ride along with decodes. threads: how many of them compute.
+        piece: the bytes of a token, for those who are told.
         shelf: where prefixes that the cache forgets are saved; None forgets them for good.
         publish: called from the loop thread with the outputs of each step. on_failure: called once if llama.cpp fails
             for good; the loop has ended by then.
@@ -71,6 +73,7 @@ class EngineLoop:
         on_failure: Callable[[BaseException], None],
         *,
         pace: Pace,
+        threads: Threads,
         piece: Piece,
         shelf: Shelf | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class EngineLoop:
         self._publish = publish
         self._on_failure = on_failure
         self._pace = pace
+        self._threads = threads
         self._piece = piece
         self._shelf = shelf
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -175,7 +179,7 @@ class EngineLoop:
             self._retreat()
             return True
         after = time.monotonic()
-        self._count(batch, after - before)
+        self._count(batch, after - before, after)
         outputs = self._choose(batch, last_indexes, after)
         if outputs:
             self._publish(outputs)
@@ -316,7 +320,7 @@ class EngineLoop:
         self._apply(change)
         self.totals.preemptions += num_running - len(self._scheduler.running)
 
-    def _count(self, batch: Batch, decode_s: float) -> None:
+    def _count(self, batch: Batch, decode_s: float, now: float) -> None:
         num_decodes = sum(1 for piece in batch.slices if piece.count == 1)
         num_prefill = batch.num_tokens - num_decodes
         self.totals.steps += 1
@@ -325,3 +329,5 @@ class EngineLoop:
         self.totals.decode_s += decode_s
         self._pace.observe(num_decodes=num_decodes, num_prefill=num_prefill, seconds=decode_s)
         self._scheduler.busy_prefill = self._pace.chunk
+        if self._threads.observe(decode_s, now):
+            self._context.set_threads(self._threads.count)
