@@ -33,7 +33,7 @@ class Encoder:
     seed: int = 1
 
 
-def write_encoder(path: Path, encoder: Encoder = Encoder()) -> Path:  # noqa: B008  # frozen
+def write_encoder(path: Path, encoder: Encoder = Encoder()) -> Path:  # frozen
     """Write the GGUF and return its path."""
     writer = gguf.GGUFWriter(str(path), "bert")
     writer.add_name("tiny encoder")
@@ -46,6 +46,8 @@ def write_encoder(path: Path, encoder: Encoder = Encoder()) -> Path:  # noqa: B0
     writer.add_causal_attention(False)
     if encoder.pooling is not None:
         writer.add_pooling_type(encoder.pooling)
+    if encoder.num_classes > 1:
+        writer.add_classifier_output_labels([f"class {number}" for number in range(encoder.num_classes)])
     _add_vocabulary(writer, encoder.num_spare_tokens)
     for name, values in _weights(encoder).items():
         writer.add_tensor(name, values)
