@@ -91,7 +91,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         StoreNotWritable: the directory or the disk refuses.
     """
-    temporary = path.with_name(f".{secrets.token_hex(16)}.tmp")  # a leading dot is valid in no name and no digest
+    temporary = temporary_beside(path)
     try:
         make_directories(path.parent)
         try:
@@ -106,6 +106,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         flush_directory(path.parent)
     except OSError as error:
         raise StoreNotWritable(f"cannot write {path}: {error.strerror}") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for a file that is to become `path`. A leading dot is valid in no model name and no digest."""
+    return path.with_name(f".{secrets.token_hex(16)}.tmp")
 
 
 def make_directories(directory: Path) -> None:

@@ -79,6 +79,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         """All layers and the config, as declared."""
         return self.config.size + sum(layer.size for layer in self.layers)
 
+    @property
+    def digests(self) -> set[str]:
+        """Of all blobs."""
+        return {self.config.digest, *(layer.digest for layer in self.layers)}
+
     def of_kind(self, kind: str) -> list[Layer]:
         """The layers of that kind in order; where a model can have but one, the last counts."""
         return [layer for layer in self.layers if layer.kind == kind]
@@ -182,6 +187,20 @@ def locate(models: Path, name: ModelName) -> ModelName | None:
     """The name in the spelling it has on disk, upper and lower case ignored; the exact spelling is preferred."""
     found = _search(models, tuple(part.lower() for part in name.parts))
     return min(found, key=lambda each: (each != name, each.parts), default=None)
+
+
+def adopt_spelling(models: Path, name: ModelName) -> ModelName:
+    """The name with each part spelled as in a manifest that is there, if one has it in another case.
+
+    Every part by itself, as Ollama does it (server/routes.go, getExistingName); an exact spelling is preferred.
+    """
+    known: dict[tuple[int, str], str] = {}
+    for each in sorted(walk(models), key=lambda each: each.parts):
+        for index, part in enumerate(each.parts):
+            if part == name.parts[index] or (index, part.lower()) not in known:
+                known[index, part.lower()] = part
+    host, namespace, model, tag = (known.get((index, part.lower()), part) for index, part in enumerate(name.parts))
+    return ModelName(host, namespace, model, tag)
 
 
 def _search(models: Path, wanted: tuple[str | None, ...]) -> Iterator[ModelName]:
