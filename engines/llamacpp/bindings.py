@@ -125,6 +125,15 @@ class Model:
             raise ModelLoadFailed(f"llama.cpp could not load the adapter {Path(path).name}: is it for this model?")
         return adapter
 
+    def apply_adapters(self, context: object) -> None:
+        """Let every adapter take part in every request of a context, in full."""
+        count = len(self.adapters)
+        handles = (lib.llama_adapter_lora_p_ctypes * count)(*self.adapters)
+        scales = (ctypes.c_float * count)(*[1.0] * count)
+        if count and lib.llama_set_adapters_lora(context, handles, count, scales) != 0:
+            lib.llama_free(context)
+            raise ModelLoadFailed("llama.cpp could not apply the adapters")
+
     def close(self) -> None:
         """Free the weights. Contexts on them must be closed first."""
         if self.handle:
@@ -282,8 +291,7 @@ class Context:
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ModelLoadFailed("llama.cpp could not create a context; there may not be enough memory for it")
-        if model.adapters:
-            self._apply(model.adapters)
+        model.apply_adapters(self.handle)
         self.num_cells = int(lib.llama_n_ctx(self.handle))
         self.num_batch = int(lib.llama_n_batch(self.handle))
         self._num_tokens = model.num_tokens
@@ -297,14 +305,6 @@ class Context:
         # seq_id is an array of pointers to one-element arrays; each element is found once and kept as a view.
         self._seq_ids = [np.ctypeslib.as_array(self._batch.seq_id[i], (1,)) for i in range(self.num_batch)]
         self._count = 0
-
-    def _apply(self, adapters: Sequence[object]) -> None:
-        """Let every adapter take part in every request, in full."""
-        handles = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
-        scales = (ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
-        if lib.llama_set_adapters_lora(self.handle, handles, len(adapters), scales) != 0:
-            lib.llama_free(self.handle)
-            raise ModelLoadFailed("llama.cpp could not apply the adapters")
 
     def close(self) -> None:
         """Free the cache and the batch."""
@@ -619,6 +619,7 @@ class EmbeddingContext:
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ModelLoadFailed("llama.cpp could not create a context; there may not be enough memory for it")
+        model.apply_adapters(self.handle)
         self.num_batch = int(lib.llama_n_batch(self.handle))
         self.num_sequences = num_sequences
         self.pooling = int(lib.llama_pooling_type(self.handle))
@@ -652,6 +653,15 @@ class EmbeddingContext:
         if self.handle:
             lib.llama_free(self.handle)
             self.handle = None
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute."""
+        return int(lib.llama_n_threads(self.handle))
+
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from the next batch on."""
+        lib.llama_set_n_threads(self.handle, count, count)
 
     def clear(self) -> None:
         """Forget every sequence and start a new batch."""

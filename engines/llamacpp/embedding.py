@@ -41,7 +41,9 @@ from engines.events import Timings, Usage, Vector
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
 from engines.llamacpp.bindings import EmbeddingContext, Model, Vectors, rerank_joints
 from engines.llamacpp.embedding_loop import EmbeddingLoop, Job
+from engines.llamacpp.hparams import read_hyperparameters
 from engines.llamacpp.pairs import Pair, PairBuilder
+from engines.llamacpp.threads import Threads
 from engines.request import EmbedRequest, GenerateRequest, Mode, Priority, RerankRequest
 from engines.store.gguf import GGUFHeader, Pooling, read_header
 
@@ -71,36 +73,52 @@ class EmbeddingEngine(InferenceBackend):
         self._loading = asyncio.Lock()
         self._model: Model | None = None
         self._computations: set[JobComputation[Any]] = set()
+        self._progress = 0.0
         self._failure: BaseException | None = None
 
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Load a GGUF. The file is checked before a model that is already loaded is given up."""
         async with self._loading:
-            header = await asyncio.to_thread(_read_header, model_path)
+            header = await asyncio.to_thread(_read_header, model_path, config.parts)
             await self._unload()
+            self._progress = 0.0
             model = await asyncio.to_thread(self._load, model_path, header, config)
             self._events = asyncio.get_running_loop()
             self._loop.start()
             self.model_path, self.config, self._model, self._failure = model_path, config, model, None
 
+    def _note_progress(self, fraction: float) -> None:
+        """From the thread that loads."""
+        self._progress = fraction
+
     def _load(self, path: Path, header: GGUFHeader, config: LoadConfig) -> Model:
-        main_gpu = config.gpu_ids[0] if config.gpu_ids else None
-        model = Model(path, num_gpu=config.gpu_layers, main_gpu=main_gpu, use_mmap=config.use_mmap)
+        model = Model(
+            path,
+            parts=config.parts,
+            adapters=config.adapters,
+            num_gpu=config.gpu_layers,
+            main_gpu=config.gpu_ids[0] if config.gpu_ids else None,
+            tensor_split=config.tensor_split,
+            use_mmap=config.use_mmap,
+            use_mlock=config.use_mlock,
+            on_progress=self._note_progress,
+        )
         try:
             self._num_ctx = _window(config.context_size, model.num_ctx_train)
             fill = _fill(config.num_batch, model.num_tokens)
-            self._context = self._make_context(model, header, fill, config.num_threads)
+            self._context = self._make_context(model, header, fill, config)
         except BaseException:
             model.close()
             raise
         self._header = header
         self._around = model.tokenize("", add_special=True, parse_special=True)
         self._pairs = PairBuilder(model, rerank_joints(model), model.chat_template("rerank"))
-        self._loop = EmbeddingLoop(self._context, fill=fill, on_failure=self._fail)
+        threads = Threads(self._context.num_threads)
+        self._loop = EmbeddingLoop(self._context, fill=fill, threads=threads, on_failure=self._fail)
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         return model
 
-    def _make_context(self, model: Model, header: GGUFHeader, fill: int, num_threads: int) -> EmbeddingContext:
+    def _make_context(self, model: Model, header: GGUFHeader, fill: int, config: LoadConfig) -> EmbeddingContext:
         cores = len(os.sched_getaffinity(0))
         pooling = Pooling.MEAN if header.pooling is Pooling.UNSAID else header.pooling
         make = partial(
@@ -109,7 +127,8 @@ class EmbeddingEngine(InferenceBackend):
             pooling=pooling,
             num_ctx=self._num_ctx,
             num_sequences=min(MAX_RECURRENT_SEQUENCES if model.is_recurrent else MAX_SEQUENCES, fill),
-            num_threads=min(num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
+            num_threads=min(config.num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
+            flash_attention=config.flash_attention,
         )
         context = make(num_batch=fill)  # which is also how we learn whether the model is an encoder
         if context.can_split or fill >= self._num_ctx:
@@ -151,7 +170,7 @@ class EmbeddingEngine(InferenceBackend):
     def stats(self) -> EngineStats:
         """What the loop is doing. Nothing stays in a cache between two batches, so no cells are told."""
         if self._model is None:
-            return EngineStats()
+            return EngineStats(load_progress=self._progress)
         return EngineStats(
             num_ctx=self._num_ctx,
             num_running=self._loop.num_running,
@@ -321,11 +340,15 @@ class JobComputation(Generic[T]):
             await asyncio.shield(self._ended)
 
 
-def _read_header(path: Path) -> GGUFHeader:
+def _read_header(path: Path, parts: tuple[str, ...]) -> GGUFHeader:
     """Refuses what is no GGUF before llama.cpp sees it, whose own checks abort the process now and then."""
-    if not path.is_file():
-        raise ModelNotFound(path.name)
-    return read_header(path)
+    for part in map(Path, parts or (path,)):
+        if not part.is_file():
+            raise ModelNotFound(part.name)
+        read_header(part, arrays=False)
+    header = read_header(path, arrays=False)
+    read_hyperparameters(header)
+    return header
 
 
 def _window(asked: int | None, trained: int) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 
 from engines.errors import BadRequest, Cancelled, HeadwaterError
 from engines.llamacpp.bindings import EmbeddingContext, Vectors
+from engines.llamacpp.threads import Threads
 from engines.request import Priority
 from engines.store.gguf import Pooling
 
@@ -120,12 +121,20 @@ class EmbeddingLoop:
     """Runs steps in its own thread while there is work, and sleeps while there is none.
 
     Args:
-        fill: tokens that a batch of several inputs may have.
+        fill: tokens that a batch of several inputs may have. threads: how many of them compute.
         on_failure: called once from the loop thread if llama.cpp fails for good; the loop has ended by then.
     """
 
-    def __init__(self, context: EmbeddingContext, *, fill: int, on_failure: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        context: EmbeddingContext,
+        *,
+        fill: int,
+        threads: Threads,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
         self.totals = Totals()
+        self._threads = threads
         self._context = context
         self._fill = min(fill, context.num_batch)
         self._on_failure = on_failure
@@ -249,6 +258,8 @@ class EmbeddingLoop:
         self.totals.prefill_tokens += num_tokens
         self.totals.decode_s += after - before
         self.totals.overhead_s += before - started
+        if self._threads.observe(after - before, after):
+            self._context.set_threads(self._threads.count)
         return rows
 
     def _deliver(self, job: Job, index: int, row: Vectors, num_tokens: int) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engines.errors import BadRequest, Cancelled
 from engines.llamacpp.bindings import Vectors
 from engines.llamacpp.embedding_loop import NOT_FINITE, EmbeddingLoop, Job, JobQueue, pool_chunks
+from engines.llamacpp.threads import Threads
 from engines.request import Priority
 from engines.store.gguf import Pooling
 
@@ -66,7 +67,7 @@ def loop_of(context: FakeContext, *jobs: Job, fill: int = 8) -> EmbeddingLoop:
     def fail(error: BaseException) -> None:
         raise error
 
-    loop = EmbeddingLoop(context, fill=fill, on_failure=fail)  # type: ignore[arg-type]
+    loop = EmbeddingLoop(context, fill=fill, threads=Threads(1), on_failure=fail)  # type: ignore[arg-type]
     for each in jobs:
         loop.submit(each)
     loop.submit(job(1))  # so that there is no waiting for commands
