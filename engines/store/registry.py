@@ -230,19 +230,22 @@ class Repository:
     async def _send(
         self, method: str, url: httpx.URL, headers: Mapping[str, str], content: Content | None
     ) -> httpx.Response:
+        """One request; the first of all finds out whether the registry speaks https, if it need not."""
         try:
             return await self._send_once(method, url, headers, content)
         except (httpx.ConnectError, httpx.RemoteProtocolError):
             if self._scheme_known or not self._insecure or not same_origin(url, self._base):
                 raise
             self._base = self._base.copy_with(scheme="http")
-            return await self._send_once(method, url.copy_with(scheme="http"), headers, content)
+            return await self._send_once(method, url, headers, content)
         finally:
             self._scheme_known = True
 
     async def _send_once(
         self, method: str, url: httpx.URL, headers: Mapping[str, str], content: Content | None
     ) -> httpx.Response:
+        if url.netloc == self._base.netloc:  # made before it was known which scheme that host speaks
+            url = url.copy_with(scheme=self._base.scheme)
         sent = {**headers, "Accept-Encoding": "identity"}
         if self._authorization and same_origin(url, self._base):
             sent["Authorization"] = self._authorization

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import msgspec
 
 from engines.errors import HeadwaterError, ModelNotFound, RegistryError
 from engines.library import Progress
-from engines.store.blobs import StoreNotWritable, keep_blob, make_directories, read_bounded, write_atomically
+from engines.store.blobs import StoreNotWritable, keep_blob, make_directories, read_bounded
 from engines.store.disk import Disk
 from engines.store.download import Downloads, Pace, pulling
 from engines.store.manifests import (
@@ -27,14 +27,15 @@ from engines.store.manifests import (
     OCI_MANIFEST_TYPE,
     Layer,
     Manifest,
+    adopt_spelling,
     decode_json,
     manifest_path,
-    read_manifest,
 )
 from engines.store.names import ModelName
 from engines.store.registry import Repository, make_client
 from engines.store.registry_auth import Authorizer
 from engines.store.upload import Upload
+from engines.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +64,15 @@ class Access:
 
 
 class Transfers:
-    """Pulls and pushes of one store.
+    """Pulls and pushes of one store, which `writer` changes."""
 
-    Args:
-        prune: removes those of some digests that no manifest names; None leaves everything.
-    """
-
-    def __init__(
-        self,
-        models: Path,
-        access: Access,
-        *,
-        prune: Callable[[set[str]], None] | None = None,
-        pace: Pace | None = None,
-    ) -> None:
-        self._models = models
+    def __init__(self, writer: StoreWriter, access: Access, *, pace: Pace | None = None) -> None:
+        self._writer = writer
+        self._models = writer.models
         self._access = access
-        self._prune = prune
         self._pace = pace or Pace()
         self._disk = Disk()
-        self._downloads = Downloads(models, self._disk, self._pace)
+        self._downloads = Downloads(writer.models, self._disk, self._pace)
         self._authorizer = Authorizer(access.docker_config, access.key_file)
         self._clients: dict[bool, httpx.AsyncClient] = {}
 
@@ -101,17 +91,21 @@ class Transfers:
         Raises:
             RegistryError: the registry has no such model, or cannot be talked to.
             StoreNotWritable: the directory or the disk refuses, or has too little room.
+            BlobMissing: another program deletes what is pulled here.
         """
         yield Progress("pulling manifest")
+        name = await self._disk.run(adopt_spelling, self._models, name)
         repository, data, manifest = await self._find(name, insecure=insecure, token=token)
         layers = _blobs(manifest)
-        missing = {each.digest for each in layers if not await self._disk.run(self._keep, each)}
-        await self._disk.run(_check_room, self._models, sum(each.size for each in layers if each.digest in missing))
-        replaced = await self._disk.run(_named_digests, self._models, name)
         async with AsyncExitStack() as stack:
+            hold = stack.enter_context(self._writer.holds.holding())
+            for layer in layers:
+                hold.add(layer.digest)
+            missing = {each for each in layers if not await self._disk.run(self._keep, each)}
+            await self._disk.run(_check_room, self._models, sum(layer.size for layer in missing))
             downloads = []
             for layer in layers:
-                if layer.digest not in missing:
+                if layer not in missing:
                     yield pulling(layer, layer.size)
                     continue
                 download = await stack.enter_async_context(self._downloads.join(repository, layer))
@@ -123,11 +117,9 @@ class Transfers:
             for download in downloads:
                 await download.verified()
             yield Progress("writing manifest")
-            await self._disk.run(write_atomically, manifest_path(self._models, name), data)
-        unused = replaced - {layer.digest for layer in layers}
-        if unused and self._prune:
+            removed = await self._disk.run(self._writer.commit, name, data)
+        if removed:
             yield Progress("removing unused layers")
-            await self._disk.run(self._prune, unused)
         yield SUCCESS
 
     async def push(self, name: ModelName, *, insecure: bool = False, token: str = "") -> AsyncGenerator[Progress, None]:
@@ -139,6 +131,7 @@ class Transfers:
             ManifestDamaged, StoreUnreadable: a file of the model cannot be read.
         """
         yield Progress("retrieving manifest")
+        name = await self._disk.run(adopt_spelling, self._models, name)
         try:
             data = await self._disk.run(read_bounded, manifest_path(self._models, name), MAX_JSON_BYTES)
             manifest = decode_json(data, Manifest, f"the manifest of {name.display}")
@@ -163,12 +156,12 @@ class Transfers:
                 try:
                     repository = Repository(client, self._authorizer, name, mirror=mirror, insecure=insecure)
                     data = await repository.read_manifest(name.tag)
-                    return repository, data, _decode(data, name)
+                    return repository, data, await self._disk.run(_decode, data, name)
                 except HeadwaterError as error:
                     log.warning("the mirror %s cannot give %s: %s", mirror, name.display, error)
             repository = Repository(client, self._authorizer, name, insecure=insecure, token=token)
             data = await repository.read_manifest(name.tag)
-            return repository, data, _decode(data, name)
+            return repository, data, await self._disk.run(_decode, data, name)
         except RegistryError as error:
             raise type(error)(f"pull model manifest: {error.message}") from error
 
@@ -205,15 +198,6 @@ def _media_type(data: bytes) -> str:
     """What a manifest says it is; only OCI's need not say it."""
     said = msgspec.json.decode(data).get("mediaType")
     return said if isinstance(said, str) and said.isascii() and said.isprintable() else OCI_MANIFEST_TYPE
-
-
-def _named_digests(models: Path, name: ModelName) -> set[str]:
-    """The blobs of what is installed under that name now."""
-    try:
-        manifest, _ = read_manifest(models, name)
-    except (FileNotFoundError, HeadwaterError):
-        return set()
-    return {layer.digest for layer in _blobs(manifest)}
 
 
 def _check_room(models: Path, needed_bytes: int) -> None:

@@ -21,18 +21,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from engines.library import Progress
 from engines.store.blobs import write_blob
+from engines.store.download import Pace
 from engines.store.gojson import encode_json
 from engines.store.manifests import CONFIG_TYPE, LAYER_TYPE, Layer, Manifest, write_manifest
 from engines.store.names import ModelName
+from engines.store.transfer import Access, Transfers
+from engines.store.writer import StoreWriter
 
+MB = 1_000_000
 REGISTRY = shutil.which("docker-registry")
 START_S = 20.0
+PASSWORD = "s3cret"
+BCRYPT = "$2b$04$7sNST4rpI9MDql7YhSolZuygY3Ha69MO/JGeSjYcaY.7wnH7dC3la"
+"""The password as the registry's user file wants it."""
+
+needs_registry = pytest.mark.skipif(REGISTRY is None, reason="Debian's package docker-registry is not installed")
 
 
 @contextmanager
 def docker_registry(root: Path, **auth: dict[str, str]) -> Iterator[str]:
-    """A registry of its own on a free port; `host:port` is yielded. `auth` is the section of that name in its config."""
+    """A registry of its own on a free port; `host:port` is yielded. `auth` is that section of its configuration."""
     assert REGISTRY, "Debian's package docker-registry is not installed"
     port = free_port()
     config: dict[str, Any] = {
@@ -79,14 +91,57 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def htpasswd(path: Path, username: str, bcrypt: str) -> dict[str, str]:
-    """A registry's `auth.htpasswd` for one user with a hashed password."""
-    path.write_text(f"{username}:{bcrypt}\n")
+def htpasswd(path: Path, username: str) -> dict[str, str]:
+    """A registry's `auth.htpasswd` for one user with `PASSWORD`."""
+    path.write_text(f"{username}:{BCRYPT}\n")
     return {"realm": "test", "path": str(path)}
+
+
+@asynccontextmanager
+async def transfers(
+    root: Path, *, docker_config: Path | None = None, mirrors: dict[str, str] | None = None, keeps_unused: bool = False
+) -> AsyncIterator[Transfers]:
+    """Pulls and pushes of the store below `root`, in small parts and without patience."""
+    access = Access(
+        "ollama/0.33.0 (amd64 linux)", docker_config or root / "none.json", root / "id_ed25519", mirrors or {}
+    )
+    opened = Transfers(
+        StoreWriter(root / "models", keeps_unused=keeps_unused), access, pace=Pace(min_part_bytes=MB, backoff_s=0.01)
+    )
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def pulled(opened: Transfers, name: ModelName, *, insecure: bool = True) -> list[Progress]:
+    """A whole pull."""
+    return [progress async for progress in opened.pull(name, insecure=insecure)]
+
+
+async def pushed(opened: Transfers, name: ModelName, *, insecure: bool = True) -> list[Progress]:
+    """A whole push."""
+    return [progress async for progress in opened.push(name, insecure=insecure)]
+
+
+def steps(progress: list[Progress]) -> list[str]:
+    """What was done, each step once."""
+    return list(dict.fromkeys(each.status for each in progress))
+
+
+def visible(models: Path) -> set[str]:
+    """The digests of the blobs that anybody can see."""
+    return {path.name.replace("-", ":") for path in (models / "blobs").glob("sha256-*") if len(path.name) == 71}
+
+
+def leftovers(models: Path) -> list[str]:
+    """Files of a download that has not ended."""
+    return sorted(path.name for path in (models / "blobs").iterdir() if len(path.name) != 71)
 
 
 def docker_login(directory: Path, host: str, username: str, password: str) -> Path:
     """The file that `docker login` writes."""
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "docker.json"
     auth = base64.b64encode(f"{username}:{password}".encode()).decode()
     path.write_text(json.dumps({"auths": {host: {"auth": auth}}}))
