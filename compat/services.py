@@ -75,6 +75,19 @@ class Library(Protocol):
     async def create(self, request: CreateRequest) -> AsyncIterator[Progress]:
         """Make a model or replace it. Raises InvalidModelName, BadRequest."""
 
+    async def pull(self, name: str, *, insecure: bool = False, token: str = "") -> AsyncIterator[Progress]:
+        """Fetch a model from the registry that its name says, or what is new in it.
+
+        `insecure` allows plain http; `token` is a bearer token. Raises InvalidModelName; the iterator raises
+        RegistryError and StoreNotWritable. What has arrived when the last caller leaves is kept for the next one.
+        """
+
+    async def push(self, name: str, *, insecure: bool = False, token: str = "") -> AsyncIterator[Progress]:
+        """Send a model to the registry that its name says. Arguments as for `pull`.
+
+        The iterator raises InvalidModelName, ModelNotFound and RegistryError.
+        """
+
     async def copy(self, source: str, destination: str) -> None:
         """Give a model a second name. Raises InvalidModelName, ModelNotFound, AccessDenied."""
 

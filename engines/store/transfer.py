@@ -66,12 +66,12 @@ class Access:
 class Transfers:
     """Pulls and pushes of one store, which `writer` changes."""
 
-    def __init__(self, writer: StoreWriter, access: Access, *, pace: Pace | None = None) -> None:
+    def __init__(self, writer: StoreWriter, access: Access, disk: Disk, *, pace: Pace | None = None) -> None:
         self._writer = writer
         self._models = writer.models
         self._access = access
         self._pace = pace or Pace()
-        self._disk = Disk()
+        self._disk = disk
         self._downloads = Downloads(writer.models, self._disk, self._pace)
         self._authorizer = Authorizer(access.docker_config, access.key_file)
         self._clients: dict[bool, httpx.AsyncClient] = {}
@@ -81,7 +81,6 @@ class Transfers:
         await self._downloads.close()
         for client in self._clients.values():
             await client.aclose()
-        self._disk.close()
 
     async def pull(self, name: ModelName, *, insecure: bool = False, token: str = "") -> AsyncGenerator[Progress, None]:
         """Fetch a model, or what is new in it. Whoever stops iterating leaves; what has arrived is kept for next time.

@@ -25,6 +25,7 @@ import pytest
 
 from engines.library import Progress
 from engines.store.blobs import write_blob
+from engines.store.disk import Disk
 from engines.store.download import Pace
 from engines.store.gojson import encode_json
 from engines.store.manifests import CONFIG_TYPE, LAYER_TYPE, Layer, Manifest, write_manifest
@@ -105,13 +106,13 @@ async def transfers(
     access = Access(
         "ollama/0.33.0 (amd64 linux)", docker_config or root / "none.json", root / "id_ed25519", mirrors or {}
     )
-    opened = Transfers(
-        StoreWriter(root / "models", keeps_unused=keeps_unused), access, pace=Pace(min_part_bytes=MB, backoff_s=0.01)
-    )
+    writer, disk = StoreWriter(root / "models", keeps_unused=keeps_unused), Disk()
+    opened = Transfers(writer, access, disk, pace=Pace(min_part_bytes=MB, backoff_s=0.01))
     try:
         yield opened
     finally:
         await opened.close()
+        disk.close()
 
 
 async def pulled(opened: Transfers, name: ModelName, *, insecure: bool = True) -> list[Progress]:
