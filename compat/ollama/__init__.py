@@ -1,4 +1,4 @@
-"""The Ollama dialect: chat, generate, models and what is loaded (`spec/ollama.md`), as Ollama 0.33.0 speaks it.
+"""The Ollama dialect: chat, generate, embeddings, models and what is loaded (`spec/ollama.md`), as Ollama 0.33.0 speaks it.
 
 Understood but not offered yet, and refused with a 400 that says so: `_debug_render_only`, a `template` in the request,
 `suffix`, and images in raw mode.
@@ -17,6 +17,9 @@ Deliberate divergences from Ollama, each with its reason:
 - llama.cpp's further samplers count in `options`: `mirostat`, `mirostat_tau`, `mirostat_eta`, `top_n_sigma`, `xtc_...`,
   `dry_...`, `dynatemp_...`, `ignore_eos` and `logit_bias`. Older Ollamas had some of them and today's ignores them all
   whatever they are, so that one with a wrong type or out of range is ignored here too.
+- A completion model makes embeddings, the mean of its hidden states; Ollama loads it and then refuses. A request has
+  16,384 texts at most. The old `/api/embeddings` looks for a model's name in any case of letters.
+- `/api/rerank` exists, and `rerank` is a capability, told instead of `embedding`, since a reranker makes no vectors.
 - Token ids in `context` that are negative are refused at once; a null inside a list is refused instead of being empty.
 - An unexpected exception is a 500 with `{"error":"internal server error"}` and not with an empty body, which clients
   cannot read.

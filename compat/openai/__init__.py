@@ -1,4 +1,4 @@
-"""The OpenAI dialect: chat completions, completions and models (`spec/openai.md`).
+"""The OpenAI dialect: chat completions, completions, embeddings, reranking and models (`spec/openai.md`).
 
 Understood but not offered yet, and refused with a 400 that names the field: `suffix`, audio, remote images, a forced
 `tool_choice`, custom tools, and the legacy `functions` and `function_call`.
@@ -11,6 +11,8 @@ Deliberate divergences from OpenAI, each with its reason:
 - A prompt that is too long is refused, and cut only on request: `truncate: true`, or Responses' `truncation: "auto"`.
   Then `usage` also has `truncated_tokens`, which is absent where nothing was cut.
 - `service_tier: "flex"` and a list of prompts wait for everybody else, and a stream goes before what nobody reads yet.
+- A completion model makes embeddings, the mean of its hidden states, where OpenAI has no such model and llama-server
+  refuses. Embeddings of one text go before those of a list.
 - `best_of` is at most what `n` may be, and kept choices come best first.
 - A token without text of its own, half a character or an end, is shown with the next text of its choice, or with the
   chunk that ends it. A log-probability that JSON cannot hold is -9999.

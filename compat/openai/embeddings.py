@@ -1,7 +1,6 @@
 """Embeddings in OpenAI's words: body to request, vectors to reply (`spec/openai.md` section 6). Pure.
 
-Two divergences, on purpose. A model that was not made for embeddings gives its mean-pooled hidden states, where OpenAI
-has no such model and llama-server refuses. And an `input` may be a content object, as in llama-server.
+An `input` may also be a content object, or a list of such, as in llama-server.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from compat.keep_alive import parse_keep_alive
 from compat.openai.refusals import invalid, invalid_type, unsupported_value
@@ -65,10 +64,11 @@ class EmbeddingReply(Struct):
 
 
 class UsageReply(Struct):
-    """What it cost; nothing is generated."""
+    """What it cost; nothing is generated. The last is absent where nothing was cut."""
 
     prompt_tokens: int
     total_tokens: int
+    truncated_tokens: int | UnsetType = UNSET
 
 
 class EmbeddingsReply(Struct):
@@ -164,4 +164,4 @@ def render_embeddings(body: EmbeddingsBody, embeddings: Embeddings) -> bytes:
 
 def render_prompt_usage(usage: Usage) -> UsageReply:
     """`usage` of what reads and writes nothing."""
-    return UsageReply(usage.prompt_tokens, usage.prompt_tokens)
+    return UsageReply(usage.prompt_tokens, usage.prompt_tokens, usage.truncated_tokens or UNSET)
