@@ -1,4 +1,4 @@
-"""The Ollama dialect: chat, generate, embeddings, models and what is loaded (`spec/ollama.md`), as Ollama 0.33.0 speaks it.
+"""The Ollama dialect: chat, generate, embeddings and models (`spec/ollama.md`), as Ollama 0.33.0 speaks it.
 
 Understood but not offered yet, and refused with a 400 that says so: `_debug_render_only`, a `template` in the request,
 `suffix`, and images in raw mode.
