@@ -13,7 +13,9 @@ from engines.errors import Cancelled, ModelLoadFailed, ModelNotFound, ModelNotLo
 from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Usage
 from engines.fake import FakeEngine
 from engines.inference import Generation
-from engines.request import GenerateRequest, Message, Origin, Sampling
+from engines.request import EmbedRequest, GenerateRequest, Message, Origin, RerankRequest, Sampling
+
+ORIGIN = Origin(surface="test", caller="test")
 
 
 def model(folder: Path, **says: Any) -> Path:
@@ -170,3 +172,42 @@ asyncio.run(main())
     path = model(tmp_path, crash_after=2)
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (9, b"", b"")
+
+
+async def test_a_texts_vector_is_its_own(tmp_path: Path) -> None:
+    """Always the same, of length 1, and as short as asked for."""
+    engine = await loaded(tmp_path)
+    computation = await engine.embed(
+        EmbedRequest("req", "m", ORIGIN, ("one two", "one two", "three", (1, 2)), dimensions=4)
+    )
+    first, again, other, tokens = await computation.result()
+    assert first == again != other != tokens
+    assert len(first) == 4
+    assert sum(number * number for number in first) == pytest.approx(1)
+    assert computation.usage == Usage(prompt_tokens=7)
+
+
+async def test_documents_score_by_the_words_they_share(tmp_path: Path) -> None:
+    """Each pair's tokens are counted."""
+    engine = await loaded(tmp_path)
+    computation = await engine.rerank(RerankRequest("req", "m", ORIGIN, "a b", ("b", "b a c", "d")))
+    assert await computation.result() == [1.0, 2.0, 0.0]
+    assert computation.usage == Usage(prompt_tokens=11)
+
+
+async def test_inputs_beyond_the_window_are_cut_or_refused(tmp_path: Path) -> None:
+    """As by a real engine."""
+    engine = await loaded(tmp_path, num_ctx=2)
+    assert (await engine.embed(EmbedRequest("req", "m", ORIGIN, ("one two three",)))).usage.prompt_tokens <= 2
+    with pytest.raises(PromptTooLong):
+        await engine.embed(EmbedRequest("req", "m", ORIGIN, ("one two three",), truncate=False))
+
+
+async def test_a_cancelled_computation_costs_what_there_was_time_for(tmp_path: Path) -> None:
+    """And has no result."""
+    engine = await loaded(tmp_path, tokens_per_s=10)
+    computation = await engine.embed(EmbedRequest("req", "m", ORIGIN, ("word " * 1000,)))
+    await computation.aclose()
+    with pytest.raises(Cancelled):
+        await computation.result()
+    assert computation.usage.prompt_tokens < 1000

@@ -12,7 +12,7 @@ from store_samples import FORMS, LLAMA, gguf, member, raw_gguf, small_llama, ten
 from engines.errors import GGUFParseError
 from engines.model import TensorInfo
 from engines.store.blobs import StoreUnreadable
-from engines.store.gguf import GGUFHeader, read_header
+from engines.store.gguf import GGUFHeader, Pooling, read_header
 
 DEMO = Path(__file__).parents[3] / "engines/store/demo/demo.gguf"
 
@@ -45,6 +45,27 @@ def test_arrays_can_be_left_out() -> None:
     scalars = {key: value for key, value in whole.metadata.items() if not isinstance(value, list)}
     assert {key: value for key, value in short.metadata.items() if value is not None} == scalars
     assert short.tensors == whole.tensors
+
+
+@pytest.mark.parametrize(
+    ("pooling", "head", "expected"),
+    [
+        (None, False, Pooling.UNSAID),
+        (0, False, Pooling.NONE),
+        (3, False, Pooling.LAST),
+        (4, False, Pooling.RANK),
+        (None, True, Pooling.RANK),
+        (1, True, Pooling.MEAN),
+        (99, False, Pooling.UNSAID),
+    ],
+)
+def test_pooling_is_what_is_said_or_what_a_ranking_head_shows(
+    tmp_path: Path, pooling: int | None, head: bool, expected: Pooling
+) -> None:
+    """Rerankers are often converted without a word about it."""
+    says = {} if pooling is None else {"llama.pooling_type": ("u32", pooling)}
+    tensors = [tensor("cls.output.weight", (4, 1))] if head else []
+    assert read(tmp_path, gguf(LLAMA | says, tensors, bytes(32 * head))).pooling is expected
 
 
 def test_every_value_type_is_read(tmp_path: Path) -> None:
