@@ -34,7 +34,8 @@ class LoadConfig:
         parts: the files of a split model in order, empty for a single one. adapters: LoRA files, all active.
         step_limit_s: a step that takes longer hangs, and the worker ends itself.
         prefill_slowdown: how many times longer a step may take for those who decode when a prompt is read beside them.
-        shelf: the folder of the prefixes on the disk, empty for none. shelf_bytes: how large it may become.
+        shelf_memory_bytes: for prefixes that have left the cache. shelf: the folder of those on the disk, empty for
+            none. shelf_bytes: how large it may become.
     """
 
     gpu_ids: tuple[int, ...] = ()
@@ -54,6 +55,7 @@ class LoadConfig:
     adapters: tuple[str, ...] = ()
     step_limit_s: float = 120.0
     prefill_slowdown: float = 2.5
+    shelf_memory_bytes: int = 512 << 20
     shelf: str = ""
     shelf_bytes: int = 0
 
@@ -202,6 +204,10 @@ class InferenceBackend(ABC):
     @abstractmethod
     async def generate(self, request: GenerateRequest) -> Generation:
         """Admit a request and return its events. Raises what makes it impossible, ModelNotLoaded included."""
+
+    async def render(self, request: GenerateRequest) -> str:
+        """The prompt that `generate` would prefill, as text. Raises what makes it impossible."""
+        raise UnsupportedFeature("this engine does not show its prompts")
 
     @abstractmethod
     def stats(self) -> EngineStats:

@@ -150,6 +150,14 @@ class Model:
         token = lib.llama_vocab_bos(self.vocab) if which == "bos" else lib.llama_vocab_eos(self.vocab)
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
+    def infill_texts(self) -> tuple[str, str, str] | None:
+        """The tokens for filling a gap, as text: before its beginning, before its end, before what fills it."""
+        marks = [getattr(lib, f"llama_vocab_fim_{name}")(self.vocab) for name in ("pre", "suf", "mid")]
+        if min(marks) < 0:
+            return None
+        before, after, middle = (self.piece(mark, special=True).decode("utf-8", "replace") for mark in marks)
+        return before, after, middle
+
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """The token ids of `text`.
 
@@ -387,7 +395,7 @@ class Context:
         written = int(lib.llama_state_seq_get_data(self.handle, pointer, size, slot))
         return data.data[:written]
 
-    def set_state(self, slot: int, state: bytes) -> bool:
+    def set_state(self, slot: int, state: bytes | memoryview) -> bool:
         """Fill the empty `slot` with a state of a context like this one; False, and still empty, when there is no room.
 
         llama.cpp checks shapes and types and nothing else: only states whose origin is certain may come here.
@@ -709,3 +717,28 @@ def rerank_joints(model: Model) -> tuple[list[int], list[int], list[int]]:
     closing = [end] if lib.llama_vocab_get_add_eos(model.vocab) else []
     separator = [sep] if lib.llama_vocab_get_add_sep(model.vocab) else []
     return [int(lib.llama_vocab_bos(model.vocab))] if model.adds_bos else [], [*closing, *separator], closing
+
+
+def quantize(source: Path, target: Path, kind: str, on_tensor: Callable[[int, int], None]) -> bool:
+    """Write a model's weights anew as another type, such as `Q4_K_M`, or as they are with `COPY`; whether that worked.
+
+    A model that is split becomes one file; `source` is its first part then, under the name that llama.cpp gives parts.
+    `on_tensor` is told each tensor's number, from 1, and how many there are. llama.cpp's own words are on stderr.
+    """
+    lib.llama_backend_init()
+    params = lib.llama_model_quantize_default_params()
+    params.only_copy = kind == "COPY"
+    if not params.only_copy:
+        params.ftype = getattr(lib, "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}")
+
+    @lib.llama_log_callback  # type: ignore[untyped-decorator]  # the binding has no types
+    def listen(level: int, text: bytes, user_data: object) -> None:
+        if tensor := re.match(rb"\[ *(\d+)/ *(\d+)\]", text):
+            on_tensor(int(tensor[1]), int(tensor[2]))
+        _log(level, text, user_data)
+
+    lib.llama_log_set(listen, ctypes.c_void_p(0))
+    try:
+        return int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))) == 0
+    finally:
+        lib.llama_log_set(_log, ctypes.c_void_p(0))

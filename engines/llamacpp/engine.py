@@ -43,7 +43,7 @@ from engines.llamacpp.pace import Pace
 from engines.llamacpp.sampling import make_chooser, resolve_bias
 from engines.llamacpp.scheduler import MAX_MEASURED, Scheduler
 from engines.llamacpp.sequence import Sequence, TokenChooser
-from engines.llamacpp.shelf import Shelf, fingerprint
+from engines.llamacpp.shelf import Disk, Shelf, fingerprint
 from engines.llamacpp.threads import Threads
 from engines.request import GenerateRequest, Sampling
 from engines.store.gguf import read_header
@@ -51,6 +51,9 @@ from engines.store.gguf import read_header
 log = logging.getLogger(__name__)
 
 PROMPT_LIMIT_S = 30.0
+KEPT_CELLS = 256
+"""For prefixes of finished requests beside that of the one that finished last: the shelf holds the others."""
+
 MAX_STOPS = 256
 
 DEFAULTS = Sampling(
@@ -159,17 +162,19 @@ class LlamaCppEngine(InferenceBackend):
         except BaseException:
             model.close()
             raise
-        self._builder = PromptBuilder(template, _tokenizer(model), bos=bos if model.adds_bos else "")
+        self._builder = PromptBuilder(
+            template, _tokenizer(model), bos=bos if model.adds_bos else "", infill=model.infill_texts()
+        )
         # A sliding window's cells are overwritten once they are masked, so an old prefix may be there no longer; and
         # recurrent memory is one state, of which no part can be taken.
         shares_prefixes = not (model.is_recurrent or model.has_window)
-        self._shelf = _open_shelf(path, config) if shares_prefixes else None
+        self._shelf = Shelf(config.shelf_memory_bytes, _open_disk(path, config)) if shares_prefixes else None
         self._scheduler = Scheduler(
             num_cells=self._context.num_cells,
             num_slots=layout.num_slots,
             num_batch=self._context.num_batch,
             shares_prefixes=shares_prefixes,
-            kept_cells=self._num_ctx // 2,
+            kept_cells=KEPT_CELLS,
             shelf=self._shelf,
         )
         self._grammars = Grammars(model)
@@ -221,6 +226,19 @@ class LlamaCppEngine(InferenceBackend):
             num_waiting=self._loop.num_waiting,
             totals=asdict(self._loop.totals),
         )
+
+    async def render(self, request: GenerateRequest) -> str:
+        """The text of the request's prompt; only what goes before a chat's messages is known as tokens alone."""
+        self._require_loaded()
+        events = asyncio.get_running_loop()
+        return await events.run_in_executor(self._prompts, self._render, request)
+
+    def _render(self, request: GenerateRequest) -> str:
+        prompt = self._build(request, min(request.load.num_ctx or self._num_ctx, self._num_ctx))
+        assert self._model is not None
+        tokens = request.prompt_tokens or request.context_tokens
+        before = b"".join(self._model.piece(token, special=True) for token in tokens)
+        return before.decode("utf-8", "replace") + prompt.text
 
     async def generate(self, request: GenerateRequest) -> LlamaCppGeneration:
         """Render, tokenize and submit; raises what makes the request impossible."""
@@ -323,13 +341,10 @@ class LlamaCppEngine(InferenceBackend):
         assert self._model is not None
         parsers: list[ReplyParser | None] = [None] * len(sequences)
         if request.messages is not None:  # raw prompts are answered with raw text
+            reply_format = self._builder.reply_format(request)
+            names = [tool.name for tool in request.tools]
             parsers = [
-                ReplyParser(
-                    self._builder.reply_format,
-                    in_thinking=prompt.in_thinking,
-                    with_tools=bool(request.tools),
-                    index=index,
-                )
+                ReplyParser(reply_format, in_thinking=prompt.in_thinking, tools=names, index=index)
                 for index in range(len(sequences))
             ]
         return LlamaCppGeneration(
@@ -375,7 +390,7 @@ def _check_file(path: Path, parts: tuple[str, ...]) -> None:
             read_hyperparameters(header)
 
 
-def _open_shelf(path: Path, config: LoadConfig) -> Shelf | None:
+def _open_disk(path: Path, config: LoadConfig) -> Disk | None:
     """Where this model's prefixes are on the disk; a folder that cannot be used is no reason not to serve."""
     if not config.shelf or config.shelf_bytes <= 0:
         return None
@@ -383,7 +398,7 @@ def _open_shelf(path: Path, config: LoadConfig) -> Shelf | None:
     parameters = f"{version()} {config.cache_type} {config.flash_attention} {config.gpu_layers}"
     name = fingerprint([*files, *map(Path, config.adapters)], parameters)
     try:
-        return Shelf(Path(config.shelf), name, config.shelf_bytes)
+        return Disk(Path(config.shelf), name, config.shelf_bytes)
     except OSError as error:
         log.warning("no prefixes are kept on the disk: %s", error)
         return None

@@ -2,7 +2,7 @@
 
 The event loop only exchanges commands and outputs with it. A step is: apply what was asked, choose a batch, decode it,
 choose tokens, publish. A cancelled sequence is gone before the next decode begins. What the cache forgets goes to the
-shelf, and comes back from there, between two decodes; reading and writing files is the shelf's own thread's work.
+shelf, and comes back from there, between two decodes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from engines.llamacpp.shelf import Shelf
 from engines.llamacpp.threads import Threads
 
 log = logging.getLogger(__name__)
+
+MIN_CLOSED_UP = 512
+"""Cells that must become free to look at before moving others for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._alive: set[Sequence] = set()
         self._has_failed = False
+        self._peak_cells = 0
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
     @property
@@ -134,6 +138,8 @@ class EngineLoop:
         try:
             while self._apply_commands(block=block):
                 block = self._scheduler.is_idle or not self.step()
+                if self._scheduler.is_idle:
+                    self._close_ranks()
         except BaseException as error:  # the thread's outermost frame, and a Rust panic is no Exception
             log.exception("engine loop failed")
             self._has_failed = True
@@ -160,13 +166,13 @@ class EngineLoop:
             self._publish([self._finish(sequence, FinishReason.CANCEL)])
 
     def step(self) -> bool:
-        """One turn: schedule, decode, choose, publish. False when all who are here wait for the disk."""
+        """One turn: schedule, decode, choose, publish. False when all who are here wait for the shelf."""
         started = time.monotonic()
+        for restore in self._scheduler.wanted(started):
+            self._bring_back(restore)
         batch = self._scheduler.next_batch(started)
         for change in batch.changes:
             self._apply(change)
-        for restore in batch.restores:
-            self._fetch(restore)
         self.totals.preemptions += batch.num_preempted
         if not batch.slices:
             assert self._scheduler.is_restoring, f"nothing to compute in {self._scheduler!r}"
@@ -185,6 +191,23 @@ class EngineLoop:
             self._publish(outputs)
         self.totals.overhead_s += time.monotonic() - after + before - started
         return True
+
+    def _close_ranks(self) -> None:
+        """While nobody runs, move what is kept to the first cells, if the cache was much fuller than it is now.
+
+        A step looks at every cell up to the last one in use, so one prefix far behind costs as much as a full cache.
+        """
+        cache = self._scheduler.cache
+        if self._peak_cells - (cache.num_cells - cache.num_free_cells) < MIN_CLOSED_UP:
+            return
+        for change in self._scheduler.forget_all(but=1):
+            self._apply(change)
+        for slot in cache.kept_slots():
+            state = self._context.state(slot)
+            self._context.remove(slot)
+            if not state or not self._context.set_state(slot, state):
+                cache.close(slot)
+        self._peak_cells = cache.num_cells - cache.num_free_cells
 
     def _apply(self, change: Change) -> None:
         match change:
@@ -205,32 +228,38 @@ class EngineLoop:
             self._shelf.save(tokens, state)
             self.totals.saved_tokens += len(tokens)
 
-    def _fetch(self, restore: Restore) -> None:
-        """Have a prefix read; its sequence waits, and the loop goes on with others."""
+    def _bring_back(self, restore: Restore) -> None:
+        """Put a prefix back into the cache: at once from memory, in a while from the disk."""
         assert self._shelf is not None
+        state = self._shelf.state(restore.key)
+        if state is not None:
+            self._restore(restore, state)
+        else:
+            self._shelf.read(restore.key, lambda found: self._commands.put(lambda: self._restore(restore, found)))
 
-        def bring(tokens: Tokens, state: bytes | None) -> None:
-            self._commands.put(lambda: self._restore(restore.sequence, tokens, state))
-
-        self._shelf.read(restore.key, bring)
-
-    def _restore(self, sequence: Sequence, tokens: Tokens, state: bytes | None) -> None:
-        """Put a prefix back into the cache, as if its sequence had just finished; whoever waited finds it there."""
-        if sequence not in self._alive:
+    def _restore(self, restore: Restore, state: memoryview | bytes | None) -> None:
+        """Put a prefix into the cache as if a sequence had just finished there; whoever waited for it finds it so."""
+        assert self._shelf is not None
+        tokens = self._shelf.tokens(restore.key)
+        if state is None:
+            self._shelf.drop(restore.key)
+        if restore.sequence not in self._alive:
             return
-        self._scheduler.restored(sequence)
-        place = self._scheduler.make_place(len(tokens)) if state else None
-        if state is None or place is None:
+        self._scheduler.restored(restore.sequence)
+        place = self._scheduler.make_place(len(tokens)) if state and tokens is not None else None
+        if state is None or tokens is None or place is None:
             return
         slot, forgotten = place
         for change in forgotten:
             self._apply(change)
-        if self._context.set_state(slot, state):
-            self._scheduler.cache.keep(slot, tokens, sequence.priority.rank)
-            self.totals.restored_tokens += len(tokens)
-        else:
+        if not self._context.set_state(slot, state):
             log.warning("a saved prefix of %d tokens could not be restored", len(tokens))
             self._scheduler.cache.close(slot)
+            return
+        self._context.remove(slot, restore.count)
+        self._scheduler.cache.extend(slot, restore.count)
+        self._scheduler.cache.keep(slot, tokens[: restore.count], restore.sequence.priority.rank)
+        self.totals.restored_tokens += restore.count
 
     def _fill(self, batch: Batch, now: float) -> list[int]:
         """Put the slices into llama.cpp's batch; returns the batch index of each one's last token."""
@@ -256,6 +285,7 @@ class EngineLoop:
             if piece.sequence.echoes:
                 self._measure(piece, index)
         self._scheduler.advance(batch)
+        self._peak_cells = max(self._peak_cells, self._scheduler.cache.num_cells - self._scheduler.cache.num_free_cells)
         return [self._sample(sequence, index, now) for sequence, index in ready]
 
     def _sample(self, sequence: Sequence, index: int, now: float) -> Output:

@@ -2,7 +2,7 @@
 
 One step is one batch that mixes running decodes with a chunk of waiting prefill. Slots are many and cheap; what is
 scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer, and begin with the
-longest prefix that anyone, running or finished, has computed already, or that the disk holds.
+longest prefix that anyone, running or finished, has computed already, or that is on the shelf.
 
 Classes come first, then arrival, and batch work that has waited long moves up. When the cells run out, the lowest
 class gives way: first what its finished sequences left behind, then its youngest running one, which goes back into the
@@ -26,8 +26,8 @@ MIN_SHARED = 8
 MIN_AWAITED = 64
 """Tokens that must be saved by waiting for another's prefill; less is computed sooner than waited for."""
 
-MIN_RESTORED = 128
-"""Tokens that a prefix on the disk must save; reading it takes about as long as computing a few dozen."""
+MIN_RESTORED = 32
+"""Tokens that a prefix on the shelf must save; bringing it back takes about as long as computing a few."""
 
 MAX_MEASURED = 32
 """Prompt tokens of a step whose own likelihood is asked for: each needs a whole row of logits."""
@@ -81,20 +81,45 @@ class Trim:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Bring back the prefix that is on the disk under `key`; the sequence waits for it."""
+    """Bring back the first `count` positions of what is on the shelf under `key`; the sequence waits for it."""
 
     sequence: Sequence
     key: str
+    count: int
 
 
 Change = Clear | Copy | Trim
 
 
-class Shelf(Protocol):
-    """Prefixes outside the KV cache."""
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a sequence could begin with: the first `shared` positions of the slot `source`.
+
+    `coming` is how long a prefix becomes that another sequence computes now, where that is worth waiting for; else 0.
+    """
+
+    source: int = -1
+    shared: int = 0
+    coming: int = 0
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether to wait."""
+        return self.coming > 0
+
+    @property
+    def reachable(self) -> int:
+        """Positions to be had without computing or restoring any."""
+        return max(self.shared, self.coming)
+
+
+class Index(Protocol):
+    """What is on the shelf. `version` changes when something is put there."""
+
+    version: int
 
     def longest(self, tokens: Tokens) -> tuple[str, int] | None:
-        """The key of the one that shares most with `tokens`, and how much. Reads nothing from the disk."""
+        """The key of the prefix that shares most with `tokens`, and how much."""
 
 
 @dataclass(slots=True)
@@ -103,7 +128,6 @@ class Batch:
 
     slices: list[Slice] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    restores: list[Restore] = field(default_factory=list)
     num_preempted: int = 0
 
     @property
@@ -125,7 +149,7 @@ class Scheduler:
         kept_cells: most cells that finished sequences may hold beside the one that finished last. Every step looks at
             every cell in use, if only to find that it is masked: at 8 sequences 4,000 idle ones cost a tenth of it.
             Those of the class `batch` may hold a quarter of it.
-        shelf: where prefixes may come back from.
+        shelf: what may come back from there.
     """
 
     def __init__(
@@ -138,7 +162,7 @@ class Scheduler:
         headroom: int = 32,
         shares_prefixes: bool = True,
         kept_cells: int | None = None,
-        shelf: Shelf | None = None,
+        shelf: Index | None = None,
     ) -> None:
         self.num_cells = num_cells
         self.num_batch = num_batch
@@ -151,7 +175,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission, so the youngest is last
         self._shelf = shelf
         self._restoring: set[Sequence] = set()
-        self._restored: set[Sequence] = set()  # they have had their prefix from the disk, or never will
+        self._restored: set[Sequence] = set()  # they have had their prefix from the shelf, or never will
+        self._looked: dict[Sequence, int] = {}  # at which version of the shelf
 
     def __repr__(self) -> str:
         return f"<Scheduler waiting={len(self.waiting)} running={len(self.running)} {self.cache!r}>"
@@ -163,7 +188,7 @@ class Scheduler:
 
     @property
     def is_restoring(self) -> bool:
-        """Whether somebody waits for the disk."""
+        """Whether somebody waits for the shelf."""
         return bool(self._restoring)
 
     @property
@@ -183,6 +208,7 @@ class Scheduler:
         """
         self._restoring.discard(sequence)
         self._restored.discard(sequence)
+        self._looked.pop(sequence, None)
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return []
@@ -214,9 +240,10 @@ class Scheduler:
         others += [sequence.prompt[: sequence.num_cached] for sequence in self.running]
         return any(len(other) >= len(tokens) and common_prefix(other, tokens) == len(tokens) for other in others)
 
-    def forget_all(self) -> list[Clear]:
-        """Forget every finished sequence, the most recently used first: at the end there may not be time for all."""
-        return [self._forget(slot) for slot in reversed(self.cache.kept_slots())]
+    def forget_all(self, *, but: int = 0) -> list[Clear]:
+        """Forget every finished sequence but the `but` most recently used ones."""
+        slots = self.cache.kept_slots()
+        return [self._forget(slot) for slot in slots[: len(slots) - but]]
 
     def give_way(self) -> Clear | None:
         """Free some cells of the lowest class that has any: of a finished sequence, else of the youngest running one.
@@ -230,6 +257,30 @@ class Scheduler:
         if slot is not None:
             return self._forget(slot)
         return self._preempt(lowest) if can_preempt else None
+
+    def wanted(self, now: float = 0.0) -> list[Restore]:
+        """What those who wait could begin with that is on the shelf and longer than what the cache has.
+
+        Each is told once; its sequence waits until `restored`. Those behind it may pass.
+        """
+        if self._shelf is None or not self.shares_prefixes:
+            return []
+        wanted = []
+        for sequence in self._queue(now):
+            if sequence.echoes or sequence in self._restoring or sequence in self._restored:
+                continue
+            if self._looked.get(sequence) == self._shelf.version:
+                continue
+            self._looked[sequence] = self._shelf.version
+            found = self._shelf.longest(sequence.prompt[: len(sequence.tokens) - 1])
+            if found is not None and found[1] - self._longest_prefix(sequence).reachable >= MIN_RESTORED:
+                self._restoring.add(sequence)
+                wanted.append(Restore(sequence, *found))
+        return wanted
+
+    def _queue(self, now: float) -> list[Sequence]:
+        """Those who wait, whose turn is first; of a long queue its beginning."""
+        return sorted(self.waiting, key=lambda each: _turn(each, now))[:MAX_CONSIDERED]
 
     def next_batch(self, now: float = 0.0) -> Batch:
         """Choose the next step: decodes first, then prefill of the running, then of the waiting.
@@ -294,7 +345,7 @@ class Scheduler:
         return keep, lost
 
     def make_place(self, num_cells: int) -> tuple[int, list[Clear]] | None:
-        """A slot for a prefix that comes back, and what to forget for it; None when it would displace somebody."""
+        """An empty slot for a prefix that comes back, and what to forget for it; None if it would displace somebody."""
         forgotten: list[Clear] = []
         promised = sum(sequence.num_pending + self.headroom for sequence in self.running)
         if self.num_free_cells - promised < num_cells:
@@ -304,9 +355,7 @@ class Scheduler:
             if slot is None:
                 return None
             forgotten.append(self._forget(slot))
-        slot = self.cache.open()
-        self.cache.extend(slot, num_cells)
-        return slot, forgotten
+        return self.cache.open(), forgotten
 
     def restored(self, sequence: Sequence) -> None:
         """Note that the prefix a sequence waited for is there, or will not come."""
@@ -330,16 +379,17 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int, measured: int, now: float) -> None:
         """Let waiting sequences in, best class first, while budget, slots and cells last.
 
-        One whose beginning is being prefilled by another, or read from the disk, waits for that instead of computing it
+        One whose beginning is being prefilled by another, or brought back, waits for that instead of computing it
         again; those behind it may pass.
         """
         promised = sum(sequence.num_pending for sequence in self.running)
-        for sequence in sorted(self.waiting, key=lambda each: _turn(each, now))[:MAX_CONSIDERED]:
+        for sequence in self._queue(now):
             if budget <= 0:
                 return
-            source, shared, is_coming = self._longest_prefix(sequence)
-            if is_coming or self._awaits_disk(sequence, shared, batch):
+            found = self._longest_prefix(sequence)
+            if found.is_coming or sequence in self._restoring:
                 continue
+            source, shared = found.source, found.shared
             needed = sequence.num_pending - shared
             space = needed + promised + self.headroom * len(self.running)
             while not self._place(sequence, source, shared, space, batch):
@@ -355,19 +405,6 @@ class Scheduler:
                 batch.slices.append(Slice(sequence, count))
             budget, promised = budget - count, promised + needed
             measured -= count if sequence.echoes else 0
-
-    def _awaits_disk(self, sequence: Sequence, shared: int, batch: Batch) -> bool:
-        """Whether a longer prefix than the cache has is on its way from the disk, or now asked for."""
-        if sequence in self._restoring:
-            return True
-        if self._shelf is None or sequence.echoes or not self.shares_prefixes or sequence in self._restored:
-            return False
-        found = self._shelf.longest(sequence.prompt[: len(sequence.tokens) - 1])
-        if found is None or found[1] - shared < MIN_RESTORED:
-            return False
-        self._restoring.add(sequence)
-        batch.restores.append(Restore(sequence, found[0]))
-        return True
 
     def _place(self, sequence: Sequence, source: int, shared: int, space: int, batch: Batch) -> bool:
         """Give a sequence a slot that begins with what it shares, if `space` cells can be had; False if not.
@@ -418,17 +455,15 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self._restored.discard(sequence)
+        self._looked.pop(sequence, None)
         sequence.slot, sequence.num_cached = slot, shared
         if not sequence.num_generated:
             sequence.num_reused = shared
 
-    def _longest_prefix(self, sequence: Sequence) -> tuple[int, int, bool]:
-        """Where to take a prefix from, how long it is, and whether a longer one is being prefilled right now.
-
-        At least one token is left to compute, because the cache keeps no logits.
-        """
+    def _longest_prefix(self, sequence: Sequence) -> Prefix:
+        """Where to take a prefix from. At least one token is left to compute, because the cache keeps no logits."""
         if not self.shares_prefixes or sequence.echoes:
-            return -1, 0, False
+            return Prefix()
         wanted = sequence.prompt[: len(sequence.tokens) - 1]
         source, best = self.cache.best_kept(wanted) or (-1, 0)
         coming = 0
@@ -439,9 +474,8 @@ class Scheduler:
                 source, best = other.slot, min(shared, other.num_cached)
             if shared > other.num_cached:
                 coming = max(coming, shared)
-        if coming - best >= MIN_AWAITED:
-            return source, best, True
-        return (source, best, False) if best >= MIN_SHARED else (-1, 0, False)
+        coming = coming if coming - best >= MIN_AWAITED else 0
+        return Prefix(source, best, coming) if best >= MIN_SHARED else Prefix(coming=coming)
 
     def _preempt(self, rank: int) -> Clear:
         """Preempt the youngest running sequence of a class."""

@@ -347,3 +347,23 @@ async def test_batch_work_gives_way_to_somebody_who_reads(tmp_path: Path) -> Non
     assert [end.usage.completion_tokens for end in ends] == [150] * 3
     assert stats.totals["preemptions"] >= 1
     assert stats.num_free_cells == stats.num_cells
+
+
+async def test_what_is_kept_moves_together_and_is_still_what_it_was(tmp_path: Path) -> None:
+    """After a crowd has left, the last chat moves to the front, and its next turn answers as if it had not."""
+    engine = LlamaCppEngine()
+    await engine.load(DEMO, replace(CONFIG, context_size=1024, num_parallel=4))
+    sampling = replace(GREEDY, max_tokens=30)
+    crowd = [ask(engine, prompt=long_prompt(seed, 100), sampling=sampling) for seed in range(5)]
+    await asyncio.gather(*crowd)
+    turn = await ask(engine, messages=FRANCE, sampling=sampling)
+    following = (*FRANCE, Message("assistant", text_of(turn)), Message("user", "What is the capital of Italy?"))
+    warm = await ask(engine, messages=following, sampling=sampling)
+    restored = await ask(engine, prompt=long_prompt(2, 100), sampling=sampling)
+    stats = engine.stats()
+    await engine.unload()
+    assert text_of(warm) == "The capital of Italy is Rome."
+    assert end_of(warm).usage.cached_tokens > 20
+    assert end_of(restored).usage.cached_tokens == end_of(restored).usage.prompt_tokens - 1
+    assert stats.totals["restored_tokens"] > 0
+    assert stats.num_free_cells == stats.num_cells

@@ -419,10 +419,11 @@ def test_what_readers_left_behind_is_not_forgotten_for_batch_work() -> None:
     assert machine.cache.num_kept == 1, "what the first left behind went instead"
 
 
-class Disk:
+class OneTitle:
     """A shelf with one prefix."""
 
     def __init__(self, *tokens: int) -> None:
+        self.version = 0
         self._tokens = np.array(tokens, np.int32)
 
     def longest(self, tokens: Tokens) -> tuple[str, int] | None:
@@ -431,36 +432,50 @@ class Disk:
         return ("key", shared) if shared else None
 
 
-def test_a_prefix_on_the_disk_is_waited_for_once() -> None:
+def test_a_prefix_on_the_shelf_is_waited_for_once() -> None:
     """Others pass meanwhile, and what came back is shared like what anyone left behind."""
-    machine = scheduler(shares_prefixes=True, shelf=Disk(*[1] * 200), num_batch=400)
+    machine = scheduler(shares_prefixes=True, shelf=OneTitle(*[1] * 200), num_batch=400)
     machine.add(waits := asking([1] * 210))
     machine.add(passes := asking([2] * 5))
+    assert machine.wanted() == [Restore(waits, "key", 200)]
     batch = machine.next_batch()
-    assert batch.restores == [Restore(waits, "key")]
     assert shape(batch) == [(passes, 5)]
     machine.advance(batch)
-    assert machine.next_batch().restores == []
+    assert machine.wanted() == []
     place = machine.make_place(200)
     assert place is not None
+    machine.cache.extend(place[0], 200)
     machine.cache.keep(place[0], [1] * 200)
     machine.restored(waits)
-    assert waits in machine.waiting
-    batch = machine.next_batch()
-    assert (waits, 10) in shape(batch)
-    assert batch.restores == []
+    assert machine.wanted() == []
+    assert (waits, 10) in shape(machine.next_batch())
     assert waits.num_reused == 200
 
 
 def test_a_prefix_that_cannot_be_read_is_computed() -> None:
     """And not asked for again."""
-    machine = scheduler(shares_prefixes=True, shelf=Disk(*[1] * 200), num_batch=400)
+    machine = scheduler(shares_prefixes=True, shelf=OneTitle(*[1] * 200), num_batch=400)
     machine.add(waits := asking([1] * 210))
+    assert machine.wanted() == [Restore(waits, "key", 200)]
     assert machine.next_batch().slices == []
     assert machine.is_restoring
     machine.restored(waits)
-    batch = machine.next_batch()
-    assert (shape(batch), batch.restores) == ([(waits, 210)], [])
+    assert machine.wanted() == []
+    assert shape(machine.next_batch()) == [(waits, 210)]
+
+
+def test_the_shelf_is_asked_only_for_what_is_not_to_be_had_otherwise() -> None:
+    """What runs, or was left behind, or is being computed, is as long; and again only when there is something new."""
+    machine = scheduler(shares_prefixes=True, shelf=(shelf := OneTitle(*[1] * 200)), num_batch=150)
+    machine.add(first := asking([1] * 300))
+    machine.restored(first)
+    machine.next_batch()
+    machine.waiting.clear()
+    machine.add(asking([1] * 250))
+    assert machine.wanted() == [], "the first will have computed it"
+    shelf.version += 1
+    machine.running.clear()
+    assert [restore.count for restore in machine.wanted()] == [200]
 
 
 def test_a_prefix_does_not_come_back_at_the_cost_of_those_who_run() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from engines.llamacpp import shelf as shelf_module
 from engines.llamacpp.kvcache import Tokens
-from engines.llamacpp.shelf import Shelf, fingerprint
+from engines.llamacpp.shelf import Disk, Shelf, fingerprint
 
 MIB = 2**20
 
@@ -30,16 +30,26 @@ def state(size: int = 1000) -> memoryview:
 
 def read(shelf: Shelf, key: str) -> bytes | None:
     """What comes back, waited for."""
+    found = shelf.state(key)
+    if found is not None:
+        return bytes(found)
     answers: list[bytes | None] = []
     arrived = threading.Event()
 
-    def take(_: Tokens, found: bytes | None) -> None:
-        answers.append(found)
+    def take(state: bytes | None) -> None:
+        answers.append(state)
         arrived.set()
 
     shelf.read(key, take)
     assert arrived.wait(10)
+    if answers[0] is None:
+        shelf.drop(key)
     return answers[0]
+
+
+def on_disk(root: Path, name: str = "model", limit_bytes: int = MIB) -> Shelf:
+    """A shelf that keeps nothing in memory."""
+    return Shelf(0, Disk(root, name, limit_bytes))
 
 
 def key_of(shelf: Shelf, wanted: Tokens) -> str:
@@ -54,9 +64,10 @@ def files(root: Path) -> list[Path]:
     return sorted(root.glob("*/*.kv"))
 
 
-def test_a_saved_prefix_is_found_by_what_begins_like_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_saved_prefix_is_found_by_what_begins_like_it(tmp_path: Path, in_memory: bool) -> None:
     """The longest common beginning counts, whichever of the two is longer."""
-    shelf = Shelf(tmp_path, "model", MIB)
+    shelf = Shelf(MIB) if in_memory else on_disk(tmp_path)
     saved = prompt(300)
     shelf.save(saved, state())
     longer = np.concatenate([saved, tokens(5, 6)])
@@ -68,22 +79,54 @@ def test_a_saved_prefix_is_found_by_what_begins_like_it(tmp_path: Path) -> None:
     shelf.close()
 
 
+def test_what_has_no_room_in_memory_goes_to_the_disk(tmp_path: Path) -> None:
+    """The least recently used first; what is asked for again stays."""
+    shelf = Shelf(10_000, Disk(tmp_path, "model", MIB))
+    for seed in range(2):
+        shelf.save(prompt(300, seed=seed), state(4000))
+    assert files(tmp_path) == []
+    assert shelf.state(key_of(shelf, prompt(300))) is not None
+    shelf.save(prompt(300, seed=2), state(4000))
+    assert shelf.state(key_of(shelf, prompt(300, seed=1))) is None
+    for seed in range(3):
+        assert read(shelf, key_of(shelf, prompt(300, seed=seed))) == bytes(state(4000))
+    shelf.close()
+
+
+def test_without_a_disk_what_has_no_room_is_forgotten() -> None:
+    """And so is what is too short for a file."""
+    shelf = Shelf(10_000)
+    for seed in range(3):
+        shelf.save(prompt(300, seed=seed), state(4000))
+    assert shelf.longest(prompt(300)) is None
+    assert len(shelf) == 2
+
+
+def test_a_short_prefix_stays_in_memory_only(tmp_path: Path) -> None:
+    """It is not worth a file."""
+    shelf = Shelf(MIB, Disk(tmp_path, "model", MIB))
+    shelf.save(prompt(100), state())
+    assert not shelf.wants(prompt(10, seed=1)), "nor this one memory"
+    shelf.close()
+    assert files(tmp_path) == []
+
+
 def test_a_restart_finds_what_was_saved(tmp_path: Path) -> None:
-    """Closing waits for the writes, and the next one reads the folder."""
-    first = Shelf(tmp_path, "model", MIB)
+    """Closing puts everything away and waits for the writes, and the next one reads the folder."""
+    first = Shelf(MIB, Disk(tmp_path, "model", MIB))
     first.save(prompt(300), state(5000))
     first.close()
-    second = Shelf(tmp_path, "model", MIB)
+    second = on_disk(tmp_path)
     assert read(second, key_of(second, prompt(300))) == bytes(state(5000))
     second.close()
 
 
 def test_another_model_sees_nothing(tmp_path: Path) -> None:
     """States are valid for one fingerprint only."""
-    first = Shelf(tmp_path, "model", MIB)
+    first = on_disk(tmp_path)
     first.save(prompt(300), state())
     first.close()
-    other = Shelf(tmp_path, "other", MIB)
+    other = on_disk(tmp_path, "other")
     assert other.longest(prompt(300)) is None
     other.close()
 
@@ -91,14 +134,14 @@ def test_another_model_sees_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [3, 30, 2000, -1])
 def test_a_damaged_file_is_ignored_and_removed(tmp_path: Path, at: int) -> None:
     """One flipped bit in header, tokens or state."""
-    first = Shelf(tmp_path, "model", MIB)
+    first = on_disk(tmp_path)
     first.save(prompt(300), state(5000))
     first.close()
     (path,) = files(tmp_path)
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
-    second = Shelf(tmp_path, "model", MIB)
+    second = on_disk(tmp_path)
     found = second.longest(prompt(300))
     assert found is None or read(second, found[0]) is None
     assert second.longest(prompt(300)) is None
@@ -108,12 +151,12 @@ def test_a_damaged_file_is_ignored_and_removed(tmp_path: Path, at: int) -> None:
 
 def test_half_a_file_is_ignored_and_removed(tmp_path: Path) -> None:
     """As a full disk or a killed process might leave one."""
-    first = Shelf(tmp_path, "model", MIB)
+    first = on_disk(tmp_path)
     first.save(prompt(300), state(5000))
     first.close()
     (path,) = files(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    second = Shelf(tmp_path, "model", MIB)
+    second = on_disk(tmp_path)
     assert len(second) == 0
     assert files(tmp_path) == []
     second.close()
@@ -121,7 +164,7 @@ def test_half_a_file_is_ignored_and_removed(tmp_path: Path) -> None:
 
 def test_a_file_that_vanished_is_forgotten(tmp_path: Path) -> None:
     """Another worker may have needed the room."""
-    shelf = Shelf(tmp_path, "model", MIB)
+    shelf = on_disk(tmp_path)
     shelf.save(prompt(300), state())
     key = key_of(shelf, prompt(300))
     assert read(shelf, key) is not None
@@ -134,22 +177,21 @@ def test_a_file_that_vanished_is_forgotten(tmp_path: Path) -> None:
 
 def test_a_longer_prefix_takes_the_place_of_its_beginning(tmp_path: Path) -> None:
     """A chat that goes on leaves one file, not one for each turn; and its beginning is not wanted again."""
-    shelf = Shelf(tmp_path, "model", MIB)
+    shelf = on_disk(tmp_path)
     shelf.save(prompt(400)[:300], state())
     shelf.save(prompt(400), state())
     assert not shelf.wants(prompt(400)[:350])
     assert shelf.wants(prompt(500, seed=2))
-    assert not shelf.wants(prompt(100, seed=3)), "too short to be worth a file"
     shelf.close()
     assert len(files(tmp_path)) == 1
 
 
 def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
     """Whichever model they belong to; a hit counts as a use."""
-    other = Shelf(tmp_path, "other", 16_000)
+    other = on_disk(tmp_path, "other", 16_000)
     other.save(prompt(300, seed=9), state(4000))
     other.close()
-    shelf = Shelf(tmp_path, "model", 16_000)
+    shelf = on_disk(tmp_path, "model", 16_000)
     for seed in range(2):
         shelf.save(prompt(300, seed=seed), state(4000))
         assert read(shelf, key_of(shelf, prompt(300, seed=seed))) is not None
@@ -166,9 +208,10 @@ def test_a_full_disk_costs_the_prefix_and_nothing_else(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    shelf = Shelf(tmp_path, "model", MIB)
+    shelf = on_disk(tmp_path)
     monkeypatch.setattr(shelf_module, "_checksum", full)
     shelf.save(prompt(300), state())
+    assert read(shelf, key_of(shelf, prompt(300))) is None
     shelf.close()
     assert len(shelf) == 0
     assert list(tmp_path.glob("*/*")) == []
@@ -176,16 +219,25 @@ def test_a_full_disk_costs_the_prefix_and_nothing_else(tmp_path: Path, monkeypat
 
 def test_what_exceeds_the_limit_alone_is_not_written(tmp_path: Path) -> None:
     """And costs no other file its place."""
-    shelf = Shelf(tmp_path, "model", 10_000)
+    shelf = on_disk(tmp_path, limit_bytes=10_000)
     shelf.save(prompt(300), state(2000))
     shelf.save(prompt(300, seed=1), state(20_000))
     shelf.close()
     assert [path.stat().st_size < 10_000 for path in files(tmp_path)] == [True]
 
 
+def test_a_disk_that_is_too_slow_costs_prefixes_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits to be written is bounded."""
+    monkeypatch.setattr(Disk, "MAX_PENDING_BYTES", -1)
+    shelf = on_disk(tmp_path)
+    shelf.save(prompt(300), state())
+    assert len(shelf) == 0
+    shelf.close()
+
+
 def test_the_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
     """It says what people asked."""
-    Shelf(tmp_path / "prefixes", "model", MIB).close()
+    on_disk(tmp_path / "prefixes").close()
     assert (tmp_path / "prefixes/model").stat().st_mode & 0o777 == 0o700
 
 
