@@ -70,6 +70,8 @@ NUMBERS = {
     "first_token_s": _less("start to first token s", digits=2),
     "ttft_again_s": _less("TTFT after restart ms", 1e3, 0),
     "ttft_share": _less("TTFT after restart beside before", digits=3),
+    "cpu_s": _less("processor s", digits=2),
+    "gateway_cpu_s": _less("processor s of the gateway", digits=2),
     "memory_mib": _less("memory MiB", digits=0),
     "client_share": Number("clients' share of a core", 100, 1),
 }
@@ -144,11 +146,12 @@ class Bench:
     ) -> Iterator[Sample]:
         """A sample of each server in each round, in opposite order every other round.
 
-        `measure` takes a server and the round's number and gives numbers; the server's memory is added.
+        `measure` takes a server and the round's number and gives numbers; the server's memory and processor time are
+        added.
         """
         for turn in range(self.rounds):
             for server in servers if turn % 2 == 0 else reversed(servers):
-                yield from self.attempt(server.name, case, turn, lambda: measure(server, turn) | memory(server))  # noqa: B023  # called at once
+                yield from self.attempt(server.name, case, turn, lambda: _with_costs(server, turn, measure))  # noqa: B023  # called at once
 
     def attempt(self, via: str, case: str, turn: int, measure: Callable[[], dict[str, float]]) -> Iterator[Sample]:
         """One sample, or none when the target fails, which is noted."""
@@ -174,6 +177,13 @@ class Scenario:
     measure: Callable[[Bench], Iterator[Sample]]
     drawn: tuple[str, ...]
     goals: tuple[Goal, ...] = ()
+
+
+def _with_costs(server: Running, turn: int, measure: Callable[[Running, int], dict[str, float]]) -> dict[str, float]:
+    before = server.cpu_s()
+    numbers = measure(server, turn)
+    used = {name: after - before.get(name, 0.0) for name, after in server.cpu_s().items()}
+    return numbers | used | memory(server)
 
 
 def memory(server: Running) -> dict[str, float]:

@@ -90,6 +90,14 @@ class Running:
         process = psutil.Process(self.pid)
         return float(sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]))
 
+    def cpu_s(self) -> dict[str, float]:
+        """Processor seconds so far, of its first process and of all together."""
+        if self.pid is None:
+            return {}
+        process = psutil.Process(self.pid)
+        first, *others = (sum(one.cpu_times()[:2]) for one in [process, *process.children(recursive=True)])
+        return {"cpu_s": first + sum(others)} | ({"gateway_cpu_s": first} if others else {})
+
     def prefill_tokens(self) -> float | None:
         """Prompt tokens that it has computed since it started, if it says so."""
         if not self.prefill_metric:
