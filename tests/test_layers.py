@@ -60,11 +60,13 @@ TABLE = [
             *VOCABULARY,
         ),
     ),
+    Row(("engines.llamacpp.quantizer",), ("engines.process", *VOCABULARY)),
     Row(
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.llamacpp.memory"),
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.inference", "engines.store.*", *VOCABULARY),
     ),
-    Row(("engines.llamacpp.bindings",), VOCABULARY, ("llama_cpp", "llguidance", "numpy")),
+    Row(("engines.llamacpp.capi",)),
+    Row(("engines.llamacpp.bindings",), ("engines.llamacpp.capi", *VOCABULARY), ("llguidance", "numpy")),
     Row(
         ("engines.llamacpp.*",),
         ("engines.llamacpp.*", "engines.chat.*", "engines.store.gguf", "engines.inference", *VOCABULARY),
@@ -89,7 +91,9 @@ TABLE = [
     Row(("gateway.__main__",), ("gateway.cli.main",)),
     Row(("gateway.cli.*",), ("gateway.*", *HOUSE), ("httpx", "msgspec", "psutil", "rich", "typer")),
     Row(
-        ("gateway.app",), ("gateway.*", "engines.llamacpp.backend", *HOUSE), ("httpx", "psutil", "starlette", "uvicorn")
+        ("gateway.app",),
+        ("gateway.*", "engines.llamacpp.backend", "engines.llamacpp.quantizer", *HOUSE),
+        ("httpx", "psutil", "starlette", "uvicorn"),
     ),
     Row(("gateway.usage.*",), ("gateway.usage.*", *HOUSE), ("alembic", "sqlalchemy")),
     Row(("gateway.metrics",), ("gateway.*", *HOUSE), ("prometheus_client",)),
@@ -202,7 +206,10 @@ def test_packages_hold_a_docstring_only(module: str) -> None:
             {"sqlalchemy", "alembic", "prometheus_client", "compat", "gateway"},
         ),
         ("engines.worker, engines.fake", {"llama_cpp", "llguidance", "numpy", "jinja2"}),
-        ("engines.llamacpp.backend", {"llama_cpp", "llguidance", "starlette", "engines.worker"}),
+        (
+            "engines.llamacpp.backend, engines.llamacpp.quantizer",
+            {"llama_cpp", "llguidance", "starlette", "engines.worker"},
+        ),
     ],
     ids=["gateway", "worker", "fake worker", "backend"],
 )

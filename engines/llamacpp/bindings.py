@@ -1,4 +1,4 @@
-"""llama.cpp's C API as small objects: Model, Context, EmbeddingContext, Sampler. The only file that imports llama_cpp.
+"""llama.cpp's C API as small objects: Model, Context, EmbeddingContext, Sampler. The only file that calls it.
 
 Nothing here schedules or decides; calls are one to one with llama.h of llama-cpp-python 0.3.36. Its one surprise: the
 objects are not thread-safe, and apart from Model's read-only vocabulary calls only the engine's loop thread may use
@@ -8,6 +8,7 @@ them. Calls into C release the GIL, so the event loop keeps running while llama.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import re
 import sys
@@ -17,20 +18,22 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import llama_cpp as lib
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLTokenizer
-from llguidance.llamacpp import lltokenizer_from_vocab
 
 from engines.errors import ModelLoadFailed
+from engines.llamacpp.capi import lib
 from engines.request import Sampling
 
-Logits = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy.typing as npt  # takes a tenth of the worker's start
+
+Logits: TypeAlias = "npt.NDArray[np.float32]"
 """One row of logits, shape (n_vocab,). A view into llama.cpp's buffer: valid until the next decode."""
 
-Vectors = npt.NDArray[np.float32]
+Vectors: TypeAlias = "npt.NDArray[np.float32]"
 """One row for each input, shape (inputs, dimensions)."""
 
 _RUN = re.compile(r"\S{4096}|\s{4096}")
@@ -411,7 +414,7 @@ class Context:
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """One token that may come next: llama.h `llama_token_data`."""
 
-Candidates = npt.NDArray[np.void]
+Candidates: TypeAlias = "npt.NDArray[np.void]"
 """Tokens to choose among, shape (n,), of dtype CANDIDATE."""
 
 
@@ -581,6 +584,8 @@ def fold_seed(seed: int | None) -> int:
 
 def guidance_tokenizer(model: Model) -> LLTokenizer:
     """The vocabulary as llguidance needs it, every token that ends a generation included. Takes about a second."""
+    from llguidance.llamacpp import lltokenizer_from_vocab  # noqa: PLC0415  # looks for llama_cpp, see capi
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # llguidance 1.3 uses llama_token_get_attr, once a token
         return lltokenizer_from_vocab(model.vocab, eos_token=[model.end_token, *model.end_tokens])
@@ -588,7 +593,7 @@ def guidance_tokenizer(model: Model) -> LLTokenizer:
 
 def version() -> str:
     """The version of the binding, which names the llama.cpp it carries."""
-    return str(lib.__version__)
+    return importlib.metadata.version("llama-cpp-python")
 
 
 class EmbeddingContext:

@@ -7,10 +7,14 @@ selections find them: 0.1 ms for what a sampler chain over the whole row takes 0
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import numpy.typing as npt
 
 from engines.llamacpp.bindings import CANDIDATE, Candidates, Logits
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _ROWS = 64
 _SMALL = 4096

@@ -13,10 +13,9 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -27,6 +26,7 @@ from engines.llamacpp.sequence import TokenChooser
 from engines.request import JSON, OutputFormat, Syntax
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from llguidance._lib import JsonCompileOptions  # exists for type checkers only
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ MAX_TRIGGERS = 64
 _TAIL_CHARS = 256
 """How much of the answer's end is searched for triggers."""
 
-Forbidden = npt.NDArray[np.bool_]
+Forbidden: TypeAlias = "npt.NDArray[np.bool_]"
 """Tokens that may not come next, shape (n_vocab,)."""
 
 _LITERAL = frozenset({"const", "enum", "default", "examples"})  # values, not schemas
