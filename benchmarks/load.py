@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -211,9 +212,9 @@ class Load:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The value that the given share of them does not exceed, about."""
+    """The least of the values that at least the given share of them does not exceed (nearest rank)."""
     ordered = sorted(values)
-    return ordered[int(share * (len(ordered) - 1))]
+    return ordered[math.ceil(share * len(ordered)) - 1]
 
 
 def run_load(

@@ -225,7 +225,7 @@ def _machine() -> JSON:
 
 
 COLUMNS = 3
-LABEL_WIDTH = 16  # characters of a line below a group of bars
+LABEL_WIDTH = 72  # characters below a panel
 
 
 def _plot(found: Sequence[Found]) -> Figure:
@@ -254,7 +254,9 @@ def _plot(found: Sequence[Found]) -> Figure:
                     x = group + (index - (len(drawn) - 1) / 2) * width
                     place.bar(x, median(values), width * 0.92, color=colours[via])
                     place.plot([x] * len(values), values, "k.", markersize=3)
-        place.set_xticks(range(len(one.cases)), [fill(case, LABEL_WIDTH) for case in one.cases], fontsize=7)
+        place.set_xticks(
+            range(len(one.cases)), [fill(case, LABEL_WIDTH // len(one.cases)) for case in one.cases], fontsize=7
+        )
         better = {True: ", more is better", False: ", less is better", None: ""}[reads.more_is_better]
         place.set_title(f"{one.scenario.name}: {reads.label}{better}", fontsize=10)
         place.grid(axis="y", alpha=0.3)

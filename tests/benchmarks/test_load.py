@@ -149,6 +149,7 @@ def test_a_percentile_is_one_of_the_values() -> None:
     """No value is made up between two that were measured."""
     assert percentile(range(101), 0.95) == 95
     assert percentile([7.0], 0.5) == 7.0
+    assert percentile([1.0, 2.0], 0.95) == 2.0
 
 
 def test_texts_differ_from_their_first_words_on() -> None:
