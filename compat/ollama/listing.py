@@ -66,4 +66,5 @@ def _process_model(runner: RunnerStatus, now_s: float) -> ProcessModel:
         expires_at=render_local_time(min(runner.expires_at, now_s + _FOREVER_S)),
         size_vram=runner.size_vram_bytes,
         context_length=runner.num_ctx,
+        load_progress=round(runner.load_progress, 2) if runner.state == "starting" else UNSET,
     )

@@ -261,7 +261,7 @@ class Tags(Struct):
 
 
 class ProcessModel(Struct):
-    """One loaded model."""
+    """One loaded model. `load_progress`, from 0 to 1, is there while it is being loaded, and beyond Ollama's fields."""
 
     name: str
     model: str
@@ -271,6 +271,7 @@ class ProcessModel(Struct):
     expires_at: str
     size_vram: int
     context_length: int
+    load_progress: float | UnsetType = UNSET
 
 
 class Processes(Struct):

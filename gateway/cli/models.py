@@ -41,6 +41,7 @@ class _Loaded(msgspec.Struct):
     size_vram: int = 0
     digest: str = ""
     context_length: int = 0
+    load_progress: float | None = None
 
 
 class _Running(msgspec.Struct):
@@ -93,7 +94,7 @@ def list_loaded(as_json: AsJSON = False) -> None:
             human.size(m.size),
             human.processor(m.size, m.size_vram),
             str(m.context_length),
-            human.until(m.expires_at, now),
+            human.until(m.expires_at, now) if m.load_progress is None else f"loading {m.load_progress:.0%}",
         )
         for m in models
     ]

@@ -291,6 +291,12 @@ def test_processes_to_the_byte() -> None:
     assert render_processes([], 0.0) == b'{"models":[]}'
 
 
+def test_a_model_that_is_being_loaded_tells_how_far_it_is() -> None:
+    """A field that Ollama does not have, and that is absent otherwise."""
+    loading = runner(state="starting", load_progress=0.4234)
+    assert json.loads(render_processes([loading], NOW_NS / 1e9))["models"][0]["load_progress"] == 0.42
+
+
 def test_processes_are_sorted_and_for_ever_is_a_date() -> None:
     """Latest first; no keep-alive makes a date that cannot be written."""
     now_s = NOW_NS / 1e9

@@ -37,6 +37,12 @@ def test_ps_tells_where_models_lie_and_how_long(server: CLIServer) -> None:
     assert row.split() == ["llama3.2:latest", "a80c4f17acd5", "4", "GB", "25%/75%", "CPU/GPU", "4096", "Forever"]
 
 
+def test_ps_tells_how_far_a_load_is(server: CLIServer) -> None:
+    """In the place of when it goes."""
+    server.answers["/api/ps"] = ({"models": [{**PS["models"][0], "load_progress": 0.423}]}, 200)
+    assert CliRunner().invoke(app, ["ps"]).output.splitlines()[1].endswith("loading 42%")
+
+
 @pytest.mark.parametrize(
     ("command", "answer"), [(["list"], TAGS), (["ps"], PS), (["show", "llama3.2"], SHOW)], ids=["list", "ps", "show"]
 )
