@@ -7,6 +7,7 @@
     │   ├── UnsupportedFeature         400 unsupported_feature
     │   ├── InvalidModelName           400 invalid_model_name
     │   └── TemplateError              400 template_error
+    │       └── GoTemplateError        500 go_template_error
     ├── BodyTooLarge                   413 body_too_large
     ├── ModelNotFound                  404 model_not_found
     ├── AccessDenied                   403 access_denied
@@ -99,6 +100,13 @@ class TemplateError(BadRequest):
     """The chat template refused the messages, broke, or exceeded its limits."""
 
     code = "template_error"
+
+
+class GoTemplateError(TemplateError):
+    """A Go template that is none, or does not go with its data; the message is Go's. Ollama answers 500 here."""
+
+    status = 500
+    code = "go_template_error"
 
 
 class BodyTooLarge(HeadwaterError):

@@ -216,6 +216,9 @@ class GenerateRequest:
         model: the name as the client typed it.
         messages: rendered with the model's template. Mutually exclusive with `prompt` and `prompt_tokens`.
         prompt: text used as it is, special tokens recognised. prompt_tokens: the model's own token ids, nothing added.
+        suffix: what comes after the answer to `prompt`, which then fills the gap; empty for nothing.
+        template: Go's text/template, which renders `messages`, or `prompt` and `suffix`, and says how the reply is to
+            be read; None for the Jinja template that the model's weights bring.
         context_tokens: ids placed before the rendered messages (Ollama's deprecated `context`).
         sampling, load: what the client asked for; `defaults` is what its dialect assumes where neither the client nor
             the model says anything.
@@ -239,6 +242,8 @@ class GenerateRequest:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     prompt_tokens: tuple[int, ...] | None = None
+    suffix: str = ""
+    template: str | None = None
     context_tokens: tuple[int, ...] = ()
     tools: tuple[Tool, ...] = ()
     format: OutputFormat | None = None

@@ -2,8 +2,8 @@
 
 Because it is OpenAI's, llama-server or another server can stand where our worker stands. Ours adds fields that others
 ignore or leave out: running usage on every chunk, so that an aborted stream is counted truly; `timings` and token ids
-on the last one; `num_ctx`, `truncate`, `shift`, `priority`, `context_tokens` and token prompts in the request. Durations are in
-milliseconds here, as in llama-server's `timings`, and nowhere else.
+on the last one; `num_ctx`, `truncate`, `shift`, `priority`, `context_tokens`, `chat_template` (Go's text/template) and
+token prompts in the request. Durations are in milliseconds here, as in llama-server's `timings`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 
 from engines.errors import (
     BadRequest,
+    GoTemplateError,
     HeadwaterError,
     PromptTooLong,
     ServerBusy,
@@ -109,6 +110,8 @@ def encode_request(request: GenerateRequest, model: str) -> bytes:
         "return_tokens": request.return_tokens,
         "context_tokens": list(request.context_tokens) or None,
         "think": request.think,
+        "suffix": request.suffix or None,
+        "chat_template": request.template,
         "chat_template_kwargs": dict(request.template_kwargs),
         **_encode_sampling(request.sampling),
     }
@@ -161,6 +164,8 @@ def _decode_fields(body: dict[str, Any]) -> dict[str, Any]:
         | {"logit_bias": _decode_bias(body.get("logit_bias"))},
         "load": {"num_ctx": body.get("num_ctx")},
         "think": body.get("think"),
+        "suffix": body.get("suffix", ""),
+        "template": body.get("chat_template"),
         "template_kwargs": body.get("chat_template_kwargs", {}),
         "truncate": body.get("truncate", False),
         "shift": body.get("shift", False),
@@ -462,6 +467,8 @@ def decode_error(detail: Mapping[str, Any]) -> HeadwaterError:
             return UnsupportedFeature(message, param=param)
         case TemplateError.code:
             return TemplateError(message)
+        case GoTemplateError.code:
+            return GoTemplateError(message)
         case BadRequest.code:
             return BadRequest(message, param=param, reason=detail.get("reason"))
         case WorkerCrashed.code:

@@ -1,23 +1,30 @@
 """What a model can do, worked out from its files (`spec/ollama.md` sections 8.1 and 9).
 
-Templates are searched for the words that give a capability away, not parsed: a template that mentions tools in any
-branch counts as able. Its surprise: a model may bring two templates, and only the one in use counts.
+Go templates are parsed for what they mention, Jinja templates searched for the words that give a capability away: one
+that mentions tools in any branch counts as able. Its surprise: a model may bring two templates, and only the one in use
+counts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 
+from engines.chat.gotemplate.template import GoTemplate
+from engines.errors import TemplateError
 from engines.request import JSON
 
 ORDER = ("completion", "tools", "insert", "vision", "embedding", "rerank", "thinking")
 """All capabilities that we know, in the order in which they are told. Ollama has no word for `rerank`."""
 
-_GO_FIELD = re.compile(r"\.(\w+)")
-_GO_TOOL_ROLE = re.compile(r"""["`]tool["`]""")
-_JINJA_TOOL_ROLE = re.compile(r"""["']tool["']""")
+_JINJA_CALLS = ("tool_calls", "assistant_tool_call")
+_JINJA_RESULTS = re.compile(
+    r"""tool_response|tool_results|ipython|role["']\] == ["']tool["']|message\.role == ["']tool["']"""
+)
+_GO_RESULTS = ('eq .Role "tool"', "tool_response", "TOOL_RESULTS")
 _SPLITS_THINKING = re.compile(r"""split\(\s*["']</think>""")
+_INFILL_TOKENS = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"))  # new and old names
 _THINKING_ARCHITECTURES = ("gptoss", "gpt-oss")  # harmony: thinking has a channel of its own, not tags
 
 
@@ -44,23 +51,32 @@ def detect_capabilities(
         found |= _jinja_capabilities(chat_template)
     else:
         found |= _go_capabilities(template)
+    if "completion" in found and _has_infill_tokens(metadata):
+        found.add("insert")
     if architecture in _THINKING_ARCHITECTURES:
         found.add("thinking")
     return tuple(capability for capability in ORDER if capability in found)
 
 
 def prefers_chat_template(template: str, chat_template: str) -> bool:
-    """Whether the GGUF's Jinja template is used rather than the model's Go template.
+    """Whether the GGUF's Jinja template is used rather than the model's Go template (section 8.1).
 
-    It is where it is the only one, where it can do strictly more, and where both can do the same, tools among it, but
-    it alone knows what to do with a tool's result.
+    It is where it is the only one, and where it offers more, unless only the Go template takes calls and results. With
+    as much on both sides, tools among it, it is where it alone takes them.
     """
     if not template or not chat_template:
         return not template
     go, jinja = _go_capabilities(template), _jinja_capabilities(chat_template)
+    if len(jinja) > len(go):
+        return not _go_returns_tools(template) or _jinja_returns_tools(chat_template)
     if go == jinja and "tools" in go:
-        return bool(_JINJA_TOOL_ROLE.search(chat_template)) and not _takes_tool_results(template)
-    return jinja > go
+        return _jinja_returns_tools(chat_template) and not _go_returns_tools(template)
+    return False
+
+
+def _has_infill_tokens(metadata: Mapping[str, JSON]) -> bool:
+    """Whether the vocabulary says how a gap is filled; Ollama asks its Go templates alone."""
+    return all(any(f"tokenizer.ggml.{name}_token_id" in metadata for name in names) for names in _INFILL_TOKENS)
 
 
 def _jinja_capabilities(template: str) -> set[str]:
@@ -74,17 +90,32 @@ def _jinja_capabilities(template: str) -> set[str]:
     return found
 
 
+def _jinja_returns_tools(template: str) -> bool:
+    """Whether calls and their results both have a place in it."""
+    return any(word in template for word in _JINJA_CALLS) and _JINJA_RESULTS.search(template) is not None
+
+
+@lru_cache(maxsize=256)
+def _parse(template: str) -> GoTemplate | None:
+    """The template; None when it is none."""
+    try:
+        return GoTemplate(template)
+    except TemplateError:
+        return None
+
+
 def _go_capabilities(template: str) -> set[str]:
-    fields = {field.lower() for action in _go_actions(template) for field in _GO_FIELD.findall(action)}
-    words = {"tools": "tools", "suffix": "insert", "thinking": "thinking"}
-    return {capability for field, capability in words.items() if field in fields}
+    parsed = _parse(template)
+    if parsed is None:
+        return set()
+    words = {"tools": "tools", "suffix": "insert"}
+    found = {capability for field, capability in words.items() if field in parsed.identifiers}
+    return found | ({"thinking"} if parsed.thinking else set())
 
 
-def _takes_tool_results(template: str) -> bool:
-    return any(_GO_TOOL_ROLE.search(action) for action in _go_actions(template))
-
-
-def _go_actions(template: str) -> list[str]:
-    """What stands between `{{` and `}}`, comments left out."""
-    actions = (piece.partition("}}")[0] for piece in template.split("{{")[1:])
-    return [action for action in actions if not action.lstrip("- ").startswith("/*")]
+def _go_returns_tools(template: str) -> bool:
+    """As `_jinja_returns_tools`."""
+    parsed = _parse(template)
+    if parsed is None or not {"tools", "toolcalls"} <= parsed.identifiers:
+        return False
+    return any(word in template for word in _GO_RESULTS)

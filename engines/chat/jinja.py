@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from engines.chat.meter import MAX_SOURCE_CHARS
+from engines.chat.parser import THINK, ReplyFormat
 from engines.chat.sandbox import make_environment, render
-from engines.errors import TemplateError
+from engines.chat.template import Rendered
+from engines.errors import BadRequest, TemplateError
 from engines.request import JSON, Message, Tool
 
 CHATML = (
@@ -42,6 +45,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(f"the chat template is longer than {MAX_SOURCE_CHARS} characters")
         self.source = source
+        self._reply_format = ReplyFormat.of(source)
         self._bos = bos
         self._eos = eos
         self._now = now
@@ -49,6 +53,58 @@ class ChatTemplate:
             self._template = make_environment(now).from_string(source)
         except Exception as error:  # untrusted code: Python's own compiler may refuse what Jinja made of it
             raise TemplateError(f"the chat template does not compile: {error}") from error
+
+    infills = False
+
+    def reply_format(self, think: bool | str | None) -> ReplyFormat:
+        """Reasoning that was switched off and came all the same is still told apart."""
+        return self._reply_format
+
+    def render_infill(self, prompt: str, suffix: str, *, think: bool | str | None = None) -> str:
+        """Chat templates have no words for it."""
+        raise TemplateError("the chat template cannot place a suffix")
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        think: bool | str | None = None,
+        variables: Mapping[str, JSON] | None = None,
+    ) -> Rendered:
+        """A trailing assistant message is a prefill: the reply continues it (`spec/chat-formats.md` section 1.4).
+
+        Raises:
+            BadRequest: the prefill is a tool call. TemplateError: as `render`.
+        """
+        known = _switches(think) | dict(variables or {})
+        prefill = messages[-1] if messages and messages[-1].role == "assistant" else None
+        turns = messages[:-1] if prefill else messages
+        text = self.render(turns, tools=tools, variables=known)
+        in_thinking = self._reply_format.starts_in_thinking(text) and self._opens_thinking(turns, tools, known, text)
+        if prefill is None:
+            return Rendered(text, in_thinking)
+        if prefill.tool_calls:
+            raise BadRequest("the last message must not be an assistant's tool call", param="messages")
+        continuation = self._continue(text, prefill, in_thinking=in_thinking)
+        in_thinking = self._reply_format.starts_in_thinking(THINK[0] * in_thinking + continuation)
+        return Rendered(text + continuation, in_thinking)
+
+    def _opens_thinking(
+        self, turns: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, JSON], text: str
+    ) -> bool:
+        """Whether the generation prompt leaves a reasoning block open; what the turns themselves say does not count."""
+        without = self.render(turns, tools=tools, variables=variables, add_generation_prompt=False)
+        shared = os.path.commonprefix([text, without])  # noqa: RUF071  # character by character is what is meant
+        return self._reply_format.starts_in_thinking(text[len(shared) :])
+
+    def _continue(self, prompt: str, prefill: Message, *, in_thinking: bool) -> str:
+        """What to write after the generation prompt, which may already have opened or closed the reasoning."""
+        if not prefill.thinking or not self._reply_format.thinking or prompt.rstrip().endswith(THINK[1]):
+            return prefill.content
+        opening = "" if in_thinking else f"{THINK[0]}\n"
+        closing = f"\n{THINK[1]}\n\n{prefill.content}" if prefill.content else ""
+        return f"{opening}{prefill.thinking}{closing}"
 
     def render(
         self,
@@ -84,6 +140,14 @@ class ChatTemplate:
             raise TemplateError("the chat template exceeded its limits") from error
         except Exception as error:  # untrusted code: it can raise anything
             raise TemplateError(f"the chat template failed: {error}") from error
+
+
+def _switches(think: bool | str | None) -> dict[str, JSON]:
+    """The variables that say whether to think; they stay undefined unless somebody said something."""
+    if think is None:
+        return {}
+    effort = {"reasoning_effort": think} if isinstance(think, str) else {}
+    return {"enable_thinking": bool(think), "thinking": bool(think)} | effort
 
 
 def _plain_message(message: Message) -> dict[str, JSON]:

@@ -1,46 +1,68 @@
 """Prompt in: from a request to the token ids that the engine prefills.
 
-Owns which text is rendered, where BOS goes, what a trailing assistant message means, and how a chat is shortened to fit
-its window. It leaves templates to `jinja` and token ids to the engine's tokenizer.
+Owns which template is rendered, where BOS goes, how a gap is filled in, and how a chat is shortened to fit its window.
+It leaves templates to `jinja` and `gotemplate`, and token ids to the engine's tokenizer.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from engines.chat.jinja import ChatTemplate
+from engines.chat.gotemplate.template import GoTemplate
 from engines.chat.meter import MAX_OUTPUT_CHARS
-from engines.chat.parser import THINK, ReplyFormat
-from engines.errors import BadRequest, PromptTooLong, TemplateError
-from engines.request import JSON, GenerateRequest, Message
+from engines.chat.parser import ReplyFormat
+from engines.chat.template import Template
+from engines.errors import BadRequest, PromptTooLong, TemplateError, UnsupportedCapability
+from engines.request import GenerateRequest, Message
 
 Tokenize = Callable[[str, bool], list[int]]
 """Text and whether to add the vocabulary's own BOS and EOS, to token ids; markers in the text become control tokens."""
 
 
+Infill = tuple[str, str, str]
+"""The texts of a vocabulary's tokens for filling in: before the prompt, before the suffix, and before the answer."""
+
+_MAX_TEMPLATES = 32
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt ready for prefill. `truncated_tokens` were left out; `in_thinking` when it ends in open reasoning."""
+    """A prompt ready for prefill.
+
+    Attributes:
+        truncated_tokens: how many were left out. in_thinking: whether it ends in open reasoning.
+        text: as it was rendered, whatever was left out of its middle afterwards; empty for token ids.
+    """
 
     tokens: list[int]
     truncated_tokens: int = 0
     in_thinking: bool = False
+    text: str = ""
 
 
 class PromptBuilder:
     """Builds the prompts of one model.
 
     Args:
-        template: the chat template. tokenize: see `Tokenize`. bos: text of the BOS token.
+        template: the model's own chat template. tokenize: see `Tokenize`. bos: text of the BOS token.
+        infill: see `Infill`; None where the vocabulary has no such tokens.
     """
 
-    def __init__(self, template: ChatTemplate, tokenize: Tokenize, *, bos: str) -> None:
-        self.reply_format = ReplyFormat.of(template.source)
+    def __init__(self, template: Template, tokenize: Tokenize, *, bos: str, infill: Infill | None = None) -> None:
         self._template = template
         self._tokenize = tokenize
         self._bos = bos
+        self._infill = infill
+        self._parse = lru_cache(_MAX_TEMPLATES)(GoTemplate)  # of those that come with requests
+
+    def reply_format(self, request: GenerateRequest) -> ReplyFormat:
+        """How the reply to a request is to be read. Raises TemplateError."""
+        return self._template_of(request).reply_format(request.think)
+
+    def _template_of(self, request: GenerateRequest) -> Template:
+        return self._template if request.template is None else self._parse(request.template)
 
     def build(self, request: GenerateRequest, *, num_ctx: int) -> Prompt:
         """The prompt of a request, leaving room for at least one token in a window of `num_ctx`.
@@ -52,9 +74,10 @@ class PromptBuilder:
             TemplateError: the template refused the messages. BadRequest: there is nothing to prefill.
         """
         if request.messages is None:
-            _limit_chars(len(request.prompt or ""), num_ctx)
-            tokens = list(request.prompt_tokens or ()) or self._encode(request, request.prompt or "")
-            prompt = Prompt([*request.context_tokens, *tokens])
+            _limit_chars(len(request.prompt or "") + len(request.suffix), num_ctx)
+            text = self._raw(request)
+            tokens = list(request.prompt_tokens or ()) or self._encode(request, text)
+            prompt = Prompt([*request.context_tokens, *tokens], text=text)
         else:
             prompt = self._fit(request, request.messages, num_ctx)
         if not prompt.tokens:
@@ -65,6 +88,19 @@ class PromptBuilder:
             raise PromptTooLong(len(prompt.tokens), num_ctx)
         return self._without_middle(prompt, request.num_keep, num_ctx)
 
+    def _raw(self, request: GenerateRequest) -> str:
+        """The text of a prompt that is no chat: as it is or, where a suffix follows the answer, arranged around it."""
+        prompt = request.prompt or ""
+        if not request.suffix:
+            return prompt
+        template = self._template_of(request)
+        if template.infills:
+            return template.render_infill(prompt, request.suffix, think=request.think)
+        if self._infill is None:
+            raise UnsupportedCapability(request.model, "insert")
+        before, after, middle = self._infill
+        return f"{before}{prompt}{after}{request.suffix}{middle}"
+
     def _without_middle(self, prompt: Prompt, num_keep: int, num_ctx: int) -> Prompt:
         """Ollama's last resort (`spec/ollama.md` section 8.4): the beginning to keep, and an end that leaves room.
 
@@ -74,7 +110,7 @@ class PromptBuilder:
         end = max((num_ctx - keep) // 2, 1)
         tokens = [*prompt.tokens[:keep], *prompt.tokens[-end:]]
         lost = prompt.truncated_tokens + len(prompt.tokens) - len(tokens)
-        return Prompt(tokens, lost, prompt.in_thinking)
+        return Prompt(tokens, lost, prompt.in_thinking, prompt.text)
 
     def _fit(self, request: GenerateRequest, messages: Sequence[Message], num_ctx: int) -> Prompt:
         """The chat as it is or, when it may be shortened, without its oldest messages.
@@ -95,31 +131,14 @@ class PromptBuilder:
             else:
                 low = middle + 1
         kept = self._chat(request, _without_oldest(messages, max(high, 0)))
-        return Prompt(kept.tokens, len(whole.tokens) - len(kept.tokens), kept.in_thinking)
+        return Prompt(kept.tokens, len(whole.tokens) - len(kept.tokens), kept.in_thinking, kept.text)
 
     def _chat(self, request: GenerateRequest, messages: Sequence[Message]) -> Prompt:
-        """A trailing assistant message is a prefill: the reply continues it (`spec/chat-formats.md` section 1.4)."""
-        prefill = messages[-1] if messages and messages[-1].role == "assistant" else None
-        turns = messages[:-1] if prefill else messages
-        text = self._template.render(turns, tools=request.tools, variables=_variables(request))
-        in_thinking = self._opens_thinking(request, turns, text)
-        if prefill is not None:
-            if prefill.tool_calls:
-                raise BadRequest("the last message must not be an assistant's tool call", param="messages")
-            continuation = self._continue(text, prefill, in_thinking=in_thinking)
-            text += continuation
-            in_thinking = self.reply_format.starts_in_thinking(THINK[0] * in_thinking + continuation)
-        return Prompt([*request.context_tokens, *self._encode(request, text)], in_thinking=in_thinking)
-
-    def _opens_thinking(self, request: GenerateRequest, turns: Sequence[Message], text: str) -> bool:
-        """Whether the generation prompt leaves a reasoning block open; what the turns themselves say does not count."""
-        if not self.reply_format.starts_in_thinking(text):
-            return False
-        without = self._template.render(
-            turns, tools=request.tools, variables=_variables(request), add_generation_prompt=False
+        rendered = self._template_of(request).render_chat(
+            messages, tools=request.tools, think=request.think, variables=request.template_kwargs
         )
-        shared = os.path.commonprefix([text, without])  # noqa: RUF071  # character by character is what is meant
-        return self.reply_format.starts_in_thinking(text[len(shared) :])
+        tokens = [*request.context_tokens, *self._encode(request, rendered.text)]
+        return Prompt(tokens, in_thinking=rendered.in_thinking, text=rendered.text)
 
     def _fits(self, request: GenerateRequest, messages: Sequence[Message], num_ctx: int) -> bool:
         """Whether a shortened chat fits. One that the template refuses, as when turns must alternate, does not."""
@@ -127,14 +146,6 @@ class PromptBuilder:
             return len(self._chat(request, messages).tokens) < num_ctx
         except TemplateError:
             return False
-
-    def _continue(self, prompt: str, prefill: Message, *, in_thinking: bool) -> str:
-        """What to write after the generation prompt, which may already have opened or closed the reasoning."""
-        if not prefill.thinking or not self.reply_format.thinks or prompt.rstrip().endswith(THINK[1]):
-            return prefill.content
-        opening = "" if in_thinking else f"{THINK[0]}\n"
-        closing = f"\n{THINK[1]}\n\n{prefill.content}" if prefill.content else ""
-        return f"{opening}{prefill.thinking}{closing}"
 
     def _encode(self, request: GenerateRequest, text: str) -> list[int]:
         """A template that writes BOS itself must not get a second one, nor text that goes on from earlier tokens."""
@@ -151,13 +162,3 @@ def _limit_chars(num_chars: int, num_ctx: int) -> None:
 def _without_oldest(messages: Sequence[Message], count: int) -> list[Message]:
     """System messages among the first `count`, and everything after them."""
     return [*(message for message in messages[:count] if message.role == "system"), *messages[count:]]
-
-
-def _variables(request: GenerateRequest) -> dict[str, JSON]:
-    """What the template is told beside the messages; thinking stays undefined unless somebody said something."""
-    variables: dict[str, JSON] = {}
-    if request.think is not None:
-        variables |= {"enable_thinking": bool(request.think), "thinking": bool(request.think)}
-    if isinstance(request.think, str):
-        variables["reasoning_effort"] = request.think
-    return variables | dict(request.template_kwargs)

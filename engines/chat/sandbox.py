@@ -32,6 +32,7 @@ MAX_CLOCK_CHARS = 256
 _meter: ContextVar[Meter] = ContextVar("meter")
 _WIDE = re.compile(r"\d{5}")
 _WIDEST = 9999
+_TICK_EVERY = 4096
 
 
 def _spend(size: int) -> None:
@@ -164,9 +165,12 @@ def _weight(value: Any, indent: int = 0) -> int:
     """About what writing a value out takes, where a list may hold itself many times; `indent` is for each level."""
     if isinstance(value, str):
         return len(value)
-    pending, weight = [(value, 1)], 0
+    pending, weight, num_weighed = [(value, 1)], 0, 0
     while pending:
         item, depth = pending.pop()
+        num_weighed += 1
+        if not num_weighed % _TICK_EVERY:
+            _meter.get().tick()
         if isinstance(item, str):
             weight += len(item)
         elif isinstance(item, (list, tuple, dict)):

@@ -13,9 +13,9 @@ LLAMA = {"general.architecture": "llama"}
 DEMO = Path(__file__).parents[3] / "engines/store/demo/demo.gguf"
 GO_CHAT = "{{ range .Messages }}{{ .Content }}{{ end }}"
 GO_TOOLS = "{{ if .Tools }}{{ .Tools }}{{ end }}{{ range .Messages }}{{ .Content }}{{ end }}"
-GO_TOOLS_AND_RESULTS = GO_TOOLS + '{{ if eq .Role "tool" }}{{ .Content }}{{ end }}'
+GO_TOOLS_AND_RESULTS = GO_TOOLS + '{{ .ToolCalls }}{{ if eq .Role "tool" }}{{ .Content }}{{ end }}'
 JINJA_TOOLS = "{% if tools %}{{ tools }}{% endif %}"
-JINJA_TOOLS_AND_RESULTS = JINJA_TOOLS + "{% if message.role == 'tool' %}x{% endif %}"
+JINJA_TOOLS_AND_RESULTS = JINJA_TOOLS + "{% if message.role == 'tool' %}x{% endif %}tool_calls"
 JINJA_THINKING = JINJA_TOOLS + "<think></think>"
 
 
@@ -37,7 +37,7 @@ def test_the_demo_can_think_and_call_tools() -> None:
     """Its Jinja template says so."""
     metadata = read_header(DEMO).metadata
     assert detect(dict(metadata), chat_template=metadata["tokenizer.chat_template"]) == (
-        *("completion", "tools", "thinking"),
+        *("completion", "tools", "insert", "thinking"),
     )
 
 
@@ -65,6 +65,19 @@ def test_weights_tell_what_they_are_for(metadata: dict[str, Any], expected: tupl
     assert detect(metadata) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("fim_pre", "fim_suf", "fim_mid"), ("completion", "insert")),
+        (("prefix", "suffix", "middle"), ("completion", "insert")),
+        (("fim_pre", "fim_suf"), ("completion",)),
+    ],
+)
+def test_a_vocabulary_may_know_how_to_fill_a_gap(names: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    """It takes all three tokens, under their names of today or of old."""
+    assert detect(LLAMA | {f"tokenizer.ggml.{name}_token_id": 1 for name in names}) == expected
+
+
 def test_a_projector_gives_sight() -> None:
     """Whatever the metadata say."""
     assert detect(has_projector=True) == ("completion", "vision")
@@ -75,13 +88,16 @@ def test_a_projector_gives_sight() -> None:
     [
         (GO_CHAT, ()),
         (GO_TOOLS, ("tools",)),
-        ("{{- if $.Tools -}}", ("tools",)),
+        ("{{- if $.Tools -}}x{{ end }}", ("tools",)),
         ("{{ .Prefix }}{{ .Suffix }}", ("insert",)),
         ("{{ range .Messages }}<think>{{ .Thinking }}</think>{{ end }}", ("thinking",)),
         ("{{ .ToolCalls }}", ()),
         ("Use .Tools and .Suffix", ()),
         ("{{/* .Tools */}}{{- /* .Suffix */ -}}", ()),
-        ("{{ .Tools", ("tools",)),
+        ("{{ .Tools", ()),
+        ("{{ .Thinking }}", ()),
+        ("{{ range .Messages }}{{ .Thinking }}</think>{{ end }}", ()),
+        ("{{ range .Messages }}{{ range .ToolCalls }}<think>{{ .Thinking }}</think>{{ end }}{{ end }}", ()),
     ],
 )
 def test_go_templates_tell_by_the_fields_they_use(template: str, expected: tuple[str, ...]) -> None:
@@ -118,6 +134,8 @@ def test_jinja_templates_tell_by_their_text(template: str, expected: tuple[str, 
         (GO_TOOLS, JINJA_TOOLS, False),
         (GO_TOOLS, JINJA_TOOLS_AND_RESULTS, True),
         (GO_TOOLS_AND_RESULTS, JINJA_TOOLS_AND_RESULTS, False),
+        (GO_TOOLS_AND_RESULTS, JINJA_THINKING, False),
+        (GO_TOOLS_AND_RESULTS, JINJA_TOOLS_AND_RESULTS + "<think></think>", True),
         ("{{ .Suffix }}", JINJA_TOOLS, False),
     ],
 )

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.chat.parser import ReplyFormat, ReplyParser, new_call_id
+from engines.chat.parser import THINK, ReplyFormat, ReplyParser, new_call_id
 from engines.events import Delta, TextDelta, ThinkingDelta, ToolCallDelta
 
-BOTH = ReplyFormat(thinks=True, calls_tools=True)
-NEITHER = ReplyFormat(thinks=False, calls_tools=False)
+BOTH = ReplyFormat(THINK, has_tagged_calls=True)
+NEITHER = ReplyFormat()
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 Reading = tuple[str, str, list[tuple[str, Any]]]
@@ -31,7 +31,7 @@ def read(
     *chunks: str, reply_format: ReplyFormat = BOTH, in_thinking: bool = False, with_tools: bool = True
 ) -> list[Delta]:
     """All deltas of a reply that arrives in these chunks."""
-    parser = ReplyParser(reply_format, in_thinking=in_thinking, with_tools=with_tools)
+    parser = ReplyParser(reply_format, in_thinking=in_thinking, tools=["add"] if with_tools else [])
     deltas = [delta for chunk in chunks for delta in parser.decode(chunk)]
     return deltas + parser.flush()
 
@@ -106,14 +106,14 @@ def test_text_after_a_broken_call_is_whole() -> None:
 
 def test_text_is_sent_as_soon_as_it_cannot_be_a_marker() -> None:
     """Only a possible beginning of a marker, and white space before it, is held back."""
-    parser = ReplyParser(BOTH, in_thinking=False, with_tools=True)
+    parser = ReplyParser(BOTH, in_thinking=False, tools=["add"])
     sent = [gathered(parser.decode(chunk))[1] for chunk in ("One", " two ", "<", "b", "> <tool", "_call", "!")]
     assert sent == ["One", " two", "", " <b", ">", "", " <tool_call!"]
 
 
 def test_thinking_is_known_while_it_lasts() -> None:
     """`is_thinking` tells what arriving text is, so that its tokens can be counted."""
-    parser = ReplyParser(BOTH, in_thinking=False, with_tools=False)
+    parser = ReplyParser(BOTH, in_thinking=False)
     states = []
     for chunk in ("<think>", "why", "</think>", "so"):
         parser.decode(chunk)
@@ -134,7 +134,7 @@ def test_a_model_without_markers_is_never_interpreted() -> None:
 
 def test_deltas_belong_to_their_choice() -> None:
     """The choice's index is on every delta."""
-    parser = ReplyParser(BOTH, in_thinking=False, with_tools=True, index=3)
+    parser = ReplyParser(BOTH, in_thinking=False, tools=["add"], index=3)
     deltas = [*parser.decode(f"<think>a</think>b{CALL}"), *parser.flush()]
     assert [delta.index for delta in deltas] == [3, 3, 3]
     assert parser.has_calls is True
@@ -166,7 +166,7 @@ def test_chunking_never_changes_the_reading(
     bounds = [0, *sorted(min(cut, len(reply)) for cut in cuts), len(reply)]
     chunks = [reply[start:end] for start, end in pairwise(bounds)]
     options: dict[str, Any] = {
-        "reply_format": ReplyFormat(thinks=thinks, calls_tools=calls_tools),
+        "reply_format": ReplyFormat(THINK if thinks else None, calls_tools),
         "in_thinking": in_thinking and thinks,
     }
     assert gathered(read(*chunks, **options)) == gathered(read(reply, **options))
@@ -198,7 +198,7 @@ def test_nothing_but_white_space_and_markers_is_lost(reply: str) -> None:
 )
 def test_the_format_is_read_from_the_template(template: str, thinks: bool, calls_tools: bool) -> None:
     """Markers that stand in a template are used by its model; Qwen3-Coder's calls are another convention."""
-    assert ReplyFormat.of(template) == ReplyFormat(thinks=thinks, calls_tools=calls_tools)
+    assert ReplyFormat.of(template) == ReplyFormat(THINK if thinks else None, calls_tools)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_an_empty_store_gets_the_demo(models: Path, marker: Path) -> None:
     (card,) = Catalog(models).list()
     assert (card.name, card.format, card.family, card.families) == ("demo:latest", "gguf", "llama", ("llama",))
     assert (card.parameter_size, card.quantization, card.context_length) == ("2.74M", "Q8_0", 4096)
-    assert card.capabilities == ("completion", "tools", "thinking")
+    assert card.capabilities == ("completion", "tools", "insert", "thinking")
     assert card.weights.stat().st_size == 2984736
     assert Catalog(models).describe("demo").num_parameters == 2742720
     manifest = json.loads((models / "manifests/registry.ollama.ai/library/demo/latest").read_text())
