@@ -318,9 +318,9 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     said: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in args.config.items()}
     args.socket.unlink(missing_ok=True)
-    status = asyncio.run(
-        serve(make_engine(args.engine, args.mode), args.socket, args.model, LoadConfig(**said), frozenset(args.name))
-    )
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        engine = make_engine(args.engine, args.mode)
+        status = runner.run(serve(engine, args.socket, args.model, LoadConfig(**said), frozenset(args.name)))
     args.socket.unlink(missing_ok=True)
     sys.exit(status)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import httptools
@@ -87,21 +87,25 @@ class Response:
         self._client = client
         self._connection: _Connection | None = connection
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises ConnectionBroken when the worker hangs up before its end."""
+    async def next_chunk(self) -> bytes:
+        """The next piece of the body, empty at its end. Raises ConnectionBroken when the worker hangs up before."""
         while self._connection is not None:
             if self._connection.body:
-                yield self._connection.body.popleft()
-            elif self._connection.is_complete:
+                return self._connection.body.popleft()
+            if self._connection.is_complete:
                 connection, self._connection = self._connection, None
                 self._client.give_back(connection)
             else:
                 await self._connection.read_more()
+        return b""
 
     async def read(self) -> bytes:
         """The whole body; hangs up when it cannot be had."""
+        chunks = []
         try:
-            return b"".join([chunk async for chunk in self.chunks()])
+            while chunk := await self.next_chunk():
+                chunks.append(chunk)
+            return b"".join(chunks)
         finally:
             self.close()
 
