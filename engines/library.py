@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engines.request import JSON
+from engines.request import JSON, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,7 @@ class CreateRequest:
     Attributes:
         name: of the model to make or replace. base: a model to start from; `files` counts only without it.
         files, adapters, draft_files: blob digests by the path that the file had; the blobs are there already.
-        licenses: added to the base's. parameters: laid over the base's. messages: in place of the base's, in their
-            wire form, which is also what is kept.
+        licenses: added to the base's. parameters: laid over the base's. messages: in place of the base's.
         quantize, draft_quantize: the type that the weights are to have, such as `q4_K_M`; empty leaves them.
         info: facts for the config that no file says.
     """
@@ -45,7 +44,7 @@ class CreateRequest:
     system: str = ""
     licenses: tuple[str, ...] = ()
     parameters: Mapping[str, JSON] = field(default_factory=dict)
-    messages: tuple[JSON, ...] = ()
+    messages: tuple[Message, ...] = ()
     quantize: str = ""
     draft_quantize: str = ""
     renderer: str = ""

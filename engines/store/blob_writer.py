@@ -49,6 +49,10 @@ class BlobWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete what was not published."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -95,4 +99,3 @@ class BlobWriter:
 
     def _not_writable(self, error: OSError) -> StoreNotWritable:
         return StoreNotWritable(f"cannot write {self.path.parent}: {error.strerror}")
-

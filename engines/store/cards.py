@@ -13,15 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 
-import msgspec
-
 from engines.chat.capabilities import detect_capabilities
 from engines.errors import GGUFParseError
 from engines.model import ModelCard
-from engines.request import JSON, Message
+from engines.request import JSON
 from engines.store.blobs import blob_path, read_bounded
 from engines.store.gguf import RANKING_HEAD, GGUFHeader, Pooling, merge_parts, read_header
 from engines.store.manifests import Layer, ModelConfig, decode_json, manifest_path, read_config, read_manifest
+from engines.store.messages import decode_messages
 from engines.store.names import ModelName
 
 MAX_TEXT_BYTES = 8 << 20
@@ -64,11 +63,6 @@ class InstalledModel:
         return all(FileState.of(file.path) == file for file in self.files)
 
 
-class _StoredMessage(msgspec.Struct, frozen=True):
-    role: str
-    content: str = ""
-
-
 def read_model(models: Path, name: ModelName) -> InstalledModel:
     """Read the model of that name, in the spelling that it has on disk.
 
@@ -105,16 +99,16 @@ def read_model(models: Path, name: ModelName) -> InstalledModel:
         template=_last(texts["template"]),
         system=_last(texts["system"]),
         parameters=_parse_parameters(_last(texts["params"])),
-        messages=_parse_messages(_last(texts["messages"])),
+        messages=decode_messages(_last(texts["messages"])),
         licenses=tuple(texts["license"]),
         weight_parts=tuple(file.path for file in weights) if len(weights) > 1 else (),
         adapters=tuple(file.path for file in adapters),
         projectors=tuple(file.path for file in projectors),
         requires=config.requires,
     )
-    headers = [header for file in weights if (header := _header(file)) is not None]
+    headers = [header for file in weights if (header := header_of(file)) is not None]
     header = merge_parts(headers) if len(headers) == len(weights) else None
-    return InstalledModel(_with_facts(card, config, header), (manifest_file, *weights, *adapters, *projectors))
+    return InstalledModel(with_facts(card, config, header), (manifest_file, *weights, *adapters, *projectors))
 
 
 def _weights(models: Path, layers: Sequence[Layer]) -> tuple[FileState, ...]:
@@ -129,12 +123,12 @@ def _weights(models: Path, layers: Sequence[Layer]) -> tuple[FileState, ...]:
 
 def _split(weights: FileState) -> tuple[int, int]:
     """Which part of how many a file is, counted from 0; -1 of 0 when it is none."""
-    header = _header(weights)
+    header = header_of(weights)
     number, count = (header.metadata.get(f"split.{name}") if header else None for name in ("no", "count"))
     return (number, count) if isinstance(number, int) and isinstance(count, int) else (-1, 0)
 
 
-def _with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None) -> ModelCard:
+def with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None) -> ModelCard:
     """The card with what config and header say about the weights; `header` is None when they are damaged."""
     known = header or GGUFHeader(version=0, metadata={"general.architecture": ""}, tensors=(), num_parameters=0)
     chat_template = known.metadata.get("tokenizer.chat_template")
@@ -164,7 +158,7 @@ def _with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None)
 
 
 @lru_cache(maxsize=1024)
-def _header(weights: FileState) -> GGUFHeader | None:
+def header_of(weights: FileState) -> GGUFHeader | None:
     """The header without arrays and most tensors, which are what makes it large; None for damaged weights."""
     try:
         header = read_header(weights.path, arrays=False)
@@ -191,8 +185,3 @@ def _last(texts: list[str]) -> str:
 
 def _parse_parameters(text: str) -> dict[str, JSON]:
     return decode_json(text.encode(), dict[str, JSON], "the params layer") if text else {}
-
-
-def _parse_messages(text: str) -> tuple[Message, ...]:
-    stored = decode_json(text.encode(), tuple[_StoredMessage, ...], "the messages layer") if text else ()
-    return tuple(Message(message.role, message.content) for message in stored)

@@ -1,44 +1,52 @@
-"""The models that are installed, as cards.
+"""The models that are installed, as cards, wherever they are.
 
-The directory is looked at on every call, so what `ollama pull` or `rm` does beside us shows at once; only what files
-say is remembered, for as long as they are the same files. A model counts as installed when its manifest can be read
-and every file that it needs is there; others are left out of the list, and so are models without a GGUF of their own
-(cloud stubs, safetensors). Weights that are damaged stay listed, so that loading them can say what is wrong.
+Places are asked in order: Ollama's directory first, then what is only read; a name that is in several means the first.
+Every place is looked at on every call, so what `ollama pull` or `rm` does beside us shows at once; only what files say
+is remembered, for as long as they are the same files. A model counts as installed when every file that it needs is
+there; others are left out of the list, and so are models without a GGUF of their own (cloud stubs, safetensors).
+Weights that are damaged stay listed, so that loading them can say what is wrong.
 All methods block on the disk and may be called from any thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 from engines.errors import HeadwaterError, ModelNotFound
 from engines.model import ModelCard, ModelDescription
-from engines.store.cards import InstalledModel, read_model
+from engines.store.cards import InstalledModel
 from engines.store.gguf import merge_parts, read_header
-from engines.store.manifests import locate, walk
-from engines.store.names import ModelName, parse_name, without_local
+from engines.store.providers import OllamaStore, Provider
 
 _Cards = list[ModelCard]  # inside Catalog, `list` is a method
+_Place = Provider[Any]  # each has keys of its own
 
 
 class Catalog:
-    """The models below `root`, the directory that Ollama calls OLLAMA_MODELS. It need not exist."""
+    """The models below `root`, the directory that Ollama calls OLLAMA_MODELS, and in further places."""
 
-    def __init__(self, root: Path) -> None:
-        self._models = root
-        self._remembered: dict[ModelName, InstalledModel] = {}
+    def __init__(self, root: Path, *further: _Place) -> None:
+        self._places: tuple[_Place, ...] = (OllamaStore(root), *further)
+        self._remembered: dict[tuple[_Place, Hashable], InstalledModel] = {}
 
     def list(self) -> _Cards:
         """Every installed model, last modified first. Never raises for what is on disk."""
-        cards = {}
-        for name in walk(self._models):
-            try:
-                cards[name] = self._card(name)
-            except (HeadwaterError, FileNotFoundError):
-                continue
-        for name in [*self._remembered]:  # a copy, since other threads may add to it
-            if name not in cards:
-                self._remembered.pop(name, None)
+        cards: dict[str, ModelCard] = {}
+        seen = set()
+        for place in self._places:
+            known = {name.lower() for name in cards}  # names that differ in case alone may be in one place
+            for key in place.walk():
+                try:
+                    card = self._card(place, key)
+                except (HeadwaterError, FileNotFoundError):
+                    continue
+                seen.add((place, key))
+                if card.name.lower() not in known:
+                    cards[card.name] = card
+        for each in {*self._remembered} - seen:  # a copy, since other threads may add to it
+            self._remembered.pop(each, None)
         return sorted(cards.values(), key=lambda card: (-int(card.modified_at), card.name))
 
     def find(self, name: str) -> ModelCard:
@@ -49,12 +57,8 @@ class Catalog:
             ModelNotFound: there is no such model, or one of its files is missing.
             ManifestDamaged, StoreUnreadable: its files are there but make no model.
         """
-        located = locate(self._models, parse_name(without_local(name)))
-        try:
-            if located is not None:
-                return self._card(located)
-        except FileNotFoundError:
-            pass
+        for _, card in self._found(name):
+            return card
         raise ModelNotFound(name)
 
     def describe(self, name: str) -> ModelDescription:
@@ -64,9 +68,31 @@ class Catalog:
         projector = read_header(card.projectors[0]).metadata if card.projectors else None
         return ModelDescription(card, header.metadata, header.tensors, header.num_parameters, projector)
 
-    def _card(self, name: ModelName) -> ModelCard:
+    def weights(self, digest: str) -> Path:
+        """The file of weights that a card named. Raises ModelNotFound when it is gone."""
+        for place in self._places:
+            if (path := place.weights(digest)) is not None:
+                return path
+        raise ModelNotFound(digest)
+
+    def owner_of(self, name: str) -> str | None:
+        """What the place is called that a model is in, when it may not be changed there. Raises as `find` does."""
+        for place, _ in self._found(name):
+            return None if place.is_writable else place.title
+        return None
+
+    def _found(self, name: str) -> Iterator[tuple[_Place, ModelCard]]:
+        for place in self._places:
+            key = place.locate(name)
+            try:
+                if key is not None:
+                    yield place, self._card(place, key)
+            except FileNotFoundError:
+                continue
+
+    def _card(self, place: _Place, key: Hashable) -> ModelCard:
         # Without a lock: to set one key is atomic, and two threads that both build a card only lose some time.
-        remembered = self._remembered.get(name)
+        remembered = self._remembered.get((place, key))
         if remembered is None or not remembered.is_current:
-            remembered = self._remembered[name] = read_model(self._models, name)
+            remembered = self._remembered[place, key] = place.read(key)
         return remembered.card

@@ -89,6 +89,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         return [layer for layer in self.layers if layer.kind == kind]
 
 
+class DraftConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a model's config says of the draft model that comes with it."""
+
+    model_format: str = ""
+    architecture: str = ""
+    tensor_prefix: str = ""
+    config: dict[str, Any] = {}
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The config blob. Fields without a default are always written; `model_type` is the parameter size for people."""
 
@@ -106,7 +115,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     context_length: Size = 0
     embedding_length: Size = 0
     base_name: str = ""
-    draft: dict[str, Any] = {}
+    draft: DraftConfig | None = None
     architecture: str
     os: str
 
@@ -120,6 +129,10 @@ _BLANK_CONFIG: Mapping[str, JSON] = {
     "architecture": "",
     "os": "",
 }
+
+
+BLANK_CONFIG = ModelConfig(**_BLANK_CONFIG)
+"""The config of a model of which nothing is said."""
 
 
 def manifest_path(models: Path, name: ModelName) -> Path:

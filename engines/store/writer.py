@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -143,6 +144,9 @@ class StoreWriter:
             unnamed = [path for path in old if not _BLOB.fullmatch(path.name)]
             unused = {path.name.replace("-", ":") for path in old if _BLOB.fullmatch(path.name)} - used
             num_deleted = sum(map(_unlink, unnamed)) + sum(map(self._delete_blob, unused))
+            for directory in blobs.glob(".*.tmp/") if blobs.is_dir() else ():
+                if _TEMPORARY.fullmatch(directory.name) and _is_older(directory, before):
+                    shutil.rmtree(directory, ignore_errors=True)
             self._tidy_manifests()
             return num_deleted
 
