@@ -24,6 +24,7 @@ from engines.store.registry_auth import Authorizer
 from engines.store.registry_http import STALL_S, check, explained, read_small, same_origin
 
 MAX_REDIRECTS = 10
+CONNECT_S = 10.0
 SMALL_S = 60.0
 """How long an exchange without a blob may take as a whole, however steadily it trickles."""
 
@@ -233,7 +234,7 @@ class Repository:
         """One request; the first of all finds out whether the registry speaks https, if it need not."""
         try:
             return await self._send_once(method, url, headers, content)
-        except (httpx.ConnectError, httpx.RemoteProtocolError):
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.RemoteProtocolError):
             if self._scheme_known or not self._insecure or not same_origin(url, self._base):
                 raise
             self._base = self._base.copy_with(scheme="http")
@@ -282,7 +283,7 @@ def make_client(user_agent: str, *, verify: bool) -> httpx.AsyncClient:
         verify=context,
         headers={"User-Agent": user_agent},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-        timeout=httpx.Timeout(STALL_S, pool=None),
+        timeout=httpx.Timeout(STALL_S, connect=CONNECT_S, pool=None),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
     )
 

@@ -65,5 +65,6 @@ def explained(method: str, url: httpx.URL) -> Iterator[None]:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         what = str(error) or type(error).__name__
-        where = url.copy_with(query=None, userinfo=None)
+        asked = error.request.url if isinstance(error, httpx.RequestError) else url
+        where = asked.copy_with(query=None, userinfo=None)
         raise RegistryError(f'{method.capitalize()} "{where}": {what}', transient=True) from error

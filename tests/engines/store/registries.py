@@ -260,8 +260,11 @@ async def scripted(answer: Answering) -> AsyncIterator[Script]:
         assert task is not None
         running.add(task)
         try:
-            with suppress(OSError, asyncio.IncompleteReadError):
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                first = await reader.readexactly(1)
+                if first == b"\x16":  # a TLS handshake, of which a server without TLS makes nothing
+                    return
+                head = (first + await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
                 method, target, _ = head[0].split(" ", 2)
                 headers = {key.lower(): value.strip() for key, _, value in (line.partition(":") for line in head[1:])}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
