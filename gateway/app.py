@@ -45,6 +45,7 @@ from engines.backend import Backend, BackendConfiguration
 from engines.errors import GGUFParseError, HeadwaterError
 from engines.llamacpp.backend import LlamaCppBackend
 from engines.model import ModelCard
+from engines.request import Mode
 from engines.store.blobs import blob_path
 from engines.store.catalog import Catalog
 from engines.store.seed import seed_demo
@@ -129,7 +130,8 @@ class House:
         """The memory that a runner would take, by the number of its windows; empty when that cannot be told."""
         known = self._measured.get(key)
         if known is None:
-            choices = (self.settings.num_parallel,) if self.settings.num_parallel else range(1, AUTO_WINDOWS + 1)
+            most = self._most_windows(key)
+            choices = (most,) if self.settings.num_parallel else range(1, most + 1)
             try:
                 needs = {
                     n: await self.backend.required_memory(card.weights_digest, self._configure(key, card, n))
@@ -142,6 +144,10 @@ class House:
                 self._measured.pop(next(iter(self._measured)))
             self._measured[key] = known
         return known
+
+    def _most_windows(self, key: RunnerKey) -> int:
+        """Windows that a runner holds when there is room; one that only reads needs a single one."""
+        return (self.settings.num_parallel or AUTO_WINDOWS) if key.mode is Mode.COMPLETION else 1
 
     def _configure(self, key: RunnerKey, card: ModelCard, num_windows: int) -> BackendConfiguration:
         settings = self.settings
@@ -175,7 +181,7 @@ class House:
             model=card.weights_digest,
             model_ref=card.name,
             mode=key.mode,
-            config=self._configure(key, card, num_windows or self.settings.num_parallel or AUTO_WINDOWS),
+            config=self._configure(key, card, num_windows or self._most_windows(key)),
             on_exit=on_exit,
         )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from llguidance import LLMatcher
 
 from engines.chat.jinja import CHATML, ChatTemplate
-from engines.chat.parser import ReplyParser
+from engines.chat.parser import THINK, ReplyParser
 from engines.chat.prompt import Prompt, PromptBuilder
 from engines.errors import (
     BadRequest,
@@ -41,7 +41,7 @@ from engines.llamacpp.layout import lay_out
 from engines.llamacpp.loop import EngineLoop, Output
 from engines.llamacpp.pace import Pace
 from engines.llamacpp.sampling import make_chooser, resolve_bias
-from engines.llamacpp.scheduler import MAX_MEASURED, Scheduler
+from engines.llamacpp.scheduler import Scheduler
 from engines.llamacpp.sequence import Sequence, TokenChooser
 from engines.llamacpp.shelf import Disk, Shelf, fingerprint
 from engines.llamacpp.threads import Threads
@@ -152,7 +152,7 @@ class LlamaCppEngine(InferenceBackend):
                 num_cells=layout.num_cells,
                 num_sequences=layout.num_slots,
                 num_batch=layout.num_batch,
-                num_outputs=layout.num_slots + MAX_MEASURED,
+                num_outputs=layout.num_outputs,
                 num_threads=min(config.num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
                 flash_attention=config.flash_attention,
                 cache_type=config.cache_type,
@@ -331,6 +331,7 @@ class LlamaCppEngine(InferenceBackend):
             self._grammars,
             matcher,
             triggers=request.format.triggers,
+            markers=self._builder.reply_format(request).thinking or THINK,
             in_thinking=prompt.in_thinking,
             may_think=bool(request.think) and request.messages is not None,
         )
@@ -340,7 +341,8 @@ class LlamaCppEngine(InferenceBackend):
     ) -> LlamaCppGeneration:
         assert self._model is not None
         parsers: list[ReplyParser | None] = [None] * len(sequences)
-        if request.messages is not None:  # raw prompts are answered with raw text
+        # A prompt that is no chat is answered with raw text, unless the template in use says how reasoning looks.
+        if request.messages is not None or (request.template is not None and request.think):
             reply_format = self._builder.reply_format(request)
             names = [tool.name for tool in request.tools]
             parsers = [

@@ -15,18 +15,25 @@ KEPT_SEQUENCES = 32
 """Slots beyond those that run, for prefixes of finished requests."""
 
 MAX_SLOTS = 256  # llama-cparams.h LLAMA_MAX_SEQ
+MAX_MEASURED = 32
+"""Prompt tokens of a step whose own likelihood is asked for: each needs a whole row of logits."""
+
 MAX_BATCH = 8192
 """Tokens of a step beyond which nothing is won and everyone waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`num_ctx`: one request's window in tokens. `num_cells`: of all. `num_batch`: most tokens of one step."""
+    """`num_ctx`: one request's window in tokens. `num_cells`: of all. `num_batch`: most tokens of one step.
+
+    `num_outputs`: most rows of logits of one step.
+    """
 
     num_ctx: int
     num_cells: int
     num_slots: int
     num_batch: int
+    num_outputs: int
 
 
 def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
@@ -38,7 +45,7 @@ def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
     num_cells = num_ctx * max(config.num_parallel, 1)
     num_slots = min(max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES), MAX_SLOTS)
     num_batch = max(min(config.num_batch, num_cells, MAX_BATCH), num_slots)
-    return Layout(num_ctx, num_cells, num_slots, num_batch)
+    return Layout(num_ctx, num_cells, num_slots, num_batch, num_slots + MAX_MEASURED)
 
 
 def _window(asked: int | None, trained: int) -> int:

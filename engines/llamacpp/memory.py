@@ -82,7 +82,7 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
     are no longer needed.
     """
     num_tokens = min(UBATCH, layout.num_batch, _cells(layout))
-    output = layout.num_slots * shape.num_vocab * _F32
+    row = shape.num_vocab * _F32
     attention, feed_forward, recurrence = (
         num_tokens * _F32 * width
         for width in (
@@ -97,6 +97,6 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
     masks *= _F16 if uses_flash_attention else _F32
     recurrence += layout.num_slots * shape.scan_width * _F32 if shape.inner_width else 0
     layer = masks + max(scores + attention, feed_forward, recurrence)
-    at_output = output + num_tokens * _F32 * 2 * shape.num_embd
+    at_output = min(num_tokens, layout.num_outputs) * row + num_tokens * _F32 * 2 * shape.num_embd
     scratch = num_tokens * max(shape.num_embd, shape.ff_width, shape.query_width, shape.inner_width)
-    return max(layer, at_output) + output + scratch
+    return max(layer, at_output) + layout.num_slots * row + scratch

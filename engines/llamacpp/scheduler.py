@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from engines.llamacpp.kvcache import KVCache, Tokens, common_prefix
+from engines.llamacpp.layout import MAX_MEASURED
 from engines.llamacpp.sequence import Sequence
 from engines.request import Priority
 
@@ -28,9 +29,6 @@ MIN_AWAITED = 64
 
 MIN_RESTORED = 32
 """Tokens that a prefix on the shelf must save; bringing it back takes about as long as computing a few."""
-
-MAX_MEASURED = 32
-"""Prompt tokens of a step whose own likelihood is asked for: each needs a whole row of logits."""
 
 MAX_CONSIDERED = 32
 """Waiting sequences that a step looks at, so that a long queue costs those who run nothing."""

@@ -18,6 +18,7 @@ from random_models import SHAPES, write_model
 from engines.errors import GGUFParseError
 from engines.inference import LoadConfig
 from engines.llamacpp.hparams import MAX_LAYERS, read_hyperparameters
+from engines.llamacpp.layout import lay_out
 from engines.llamacpp.memory import estimate
 from engines.model import TensorInfo
 from engines.store.gguf import GGUFHeader, merge_parts, read_header
@@ -27,13 +28,14 @@ CONFIG = LoadConfig(context_size=4096, num_parallel=4, num_sequences=32)
 
 MEASURE = """
 import ctypes, json, sys, psutil, llama_cpp as lib
-path, cells, slots, flash, kind = sys.argv[1], *map(int, sys.argv[2:])
+path, cells, slots, outputs, flash, kind = sys.argv[1], *map(int, sys.argv[2:])
 lines = []
 log = lib.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
 lib.llama_log_set(log, ctypes.c_void_p(0))
 model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
 params = lib.llama_context_default_params()
-params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.n_outputs_max = cells, 512, 512, slots, slots
+params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, 512, 512, slots
+params.n_outputs_max = outputs
 params.kv_unified, params.flash_attn_type, params.type_k, params.type_v = True, flash, kind, kind
 context = lib.llama_init_from_model(model, params)
 print(json.dumps("".join(lines)))
@@ -138,8 +140,9 @@ def test_it_is_what_llama_cpp_allocates(
         context_size=4096, num_parallel=2, num_sequences=8, flash_attention=flash_attention, cache_type=cache_type
     )
     need = estimate(read_header(path, arrays=False), config)
-    slots = 8 if shape.is_recurrent else 8 + 32
-    argv = [sys.executable, "-c", MEASURE, str(path), *map(str, (8192, slots, int(flash_attention), number))]
+    layout = lay_out(config, shape.num_ctx, is_recurrent=shape.is_recurrent)
+    numbers = (layout.num_cells, layout.num_slots, layout.num_outputs, int(flash_attention), number)
+    argv = [sys.executable, "-c", MEASURE, str(path), *map(str, numbers)]
     said = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     sizes = {kind: float(size) for kind, size in re.findall(r"(\w+) buffer size = +([\d.]+) MiB", said)}
     cache = sum(float(size) for size in re.findall(r"(?:KV|RS) buffer size = +([\d.]+) MiB", said))
