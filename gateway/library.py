@@ -18,6 +18,7 @@ from engines.store.catalog import Catalog
 from engines.store.create import Creator, check_request
 from engines.store.disk import Disk
 from engines.store.names import parse_name, without_local
+from engines.store.transfer import Transfers
 from engines.store.writer import StoreWriter
 from gateway.jobs import Jobs
 
@@ -37,17 +38,36 @@ class DigestMismatch(BadRequest):
 class Library:
     """See `compat.services.Library`."""
 
-    def __init__(self, writer: StoreWriter, catalog: Catalog, creator: Creator, jobs: Jobs, disk: Disk) -> None:
+    def __init__(
+        self,
+        writer: StoreWriter,
+        catalog: Catalog,
+        creator: Creator,
+        jobs: Jobs,
+        transfers: Transfers,
+        disk: Disk,
+    ) -> None:
         self._writer = writer
         self._catalog = catalog
         self._creator = creator
         self._jobs = jobs
+        self._transfers = transfers
         self._disk = disk
 
     async def create(self, request: CreateRequest) -> AsyncIterator[Progress]:
         """Make a model or replace it."""
         check_request(request)
         return self._jobs.start(lambda report: self._creator.run(request, report))
+
+    async def pull(self, name: str, *, insecure: bool = False, token: str = "") -> AsyncIterator[Progress]:
+        """Fetch a model, or what is new in it."""
+        parsed = parse_name(without_local(name))
+        return self._transfers.pull(parsed, insecure=insecure or _asks_for_http(name), token=token)
+
+    async def push(self, name: str, *, insecure: bool = False, token: str = "") -> AsyncIterator[Progress]:
+        """Send a model to its registry."""
+        parsed = parse_name(name)
+        return self._transfers.push(parsed, insecure=insecure or _asks_for_http(name), token=token)
 
     async def copy(self, source: str, destination: str) -> None:
         """Give a model a second name."""
@@ -84,8 +104,9 @@ class Library:
         self._writer.holds.promise(expected)
         if await self._disk.run(path.is_file):
             return False
-        writer = await self._disk.run(BlobWriter, self._writer.models)
+        writer = BlobWriter(self._writer.models)
         try:
+            await self._disk.run(writer.open)
             await self._receive(writer, chunks)
             if writer.digest != digest:
                 raise DigestMismatch(digest, writer.digest)
@@ -102,6 +123,11 @@ class Library:
                 await self._disk.run(writer.write, gathered)
                 gathered = bytearray()
         await self._disk.run(writer.write, gathered)
+
+
+def _asks_for_http(name: str) -> bool:
+    """Whether a name has the scheme that allows a registry without https."""
+    return name.strip().lower().startswith("http://")
 
 
 def _normal(digest: str) -> str:
