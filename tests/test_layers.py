@@ -76,7 +76,7 @@ TABLE = [
     Row(("compat.body", "compat.streams", "compat.*.prefix"), ("compat.*", *VOCABULARY), ("starlette",)),
     Row(("compat.browser",), VOCABULARY, ("psutil", "starlette")),
     Row(
-        ("compat.*.routes", "compat.*.library", "compat.*.transport"),
+        ("compat.*.routes", "compat.*.library", "compat.*.transfers", "compat.*.transport"),
         ("compat.*", *VOCABULARY),
         ("msgspec", "starlette"),
     ),
