@@ -16,6 +16,7 @@ from gateway.cli.doctor import doctor
 from gateway.cli.models import list_loaded, list_models, show, stop
 from gateway.cli.run import run
 from gateway.cli.serve import serve
+from gateway.cli.transfer import pull, push
 from gateway.cli.usage import usage
 
 
@@ -58,6 +59,8 @@ app.command("list")(list_models)
 app.command("ls", hidden=True)(list_models)
 app.command("ps")(list_loaded)
 app.command("show")(show)
+app.command("pull")(pull)
+app.command("push")(push)
 app.command("stop")(stop)
 app.command("usage")(usage)
 app.command("doctor")(doctor)
