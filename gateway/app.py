@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -36,22 +37,34 @@ from compat.browser import BrowserGuard
 from compat.model_runner.prefix import StripPrefix
 from compat.model_runner.routes import ModelRunnerRoutes
 from compat.model_runner.routes import surfaces as model_runner_surfaces
-from compat.ollama.routes import OllamaRoutes
+from compat.ollama.library import LibraryRoutes
+from compat.ollama.routes import VERSION, OllamaRoutes
+from compat.ollama.transfers import TransferRoutes
 from compat.ollama.transport import http_error_response as ollama_http_error
 from compat.openai.routes import OpenAIRoutes
 from compat.openai.routes import http_error_response as openai_http_error
 from compat.openai.routes import surfaces as openai_surfaces
 from engines.backend import Backend, BackendConfiguration
+from engines.chat.gotemplate.template import GoTemplate
 from engines.errors import GGUFParseError, HeadwaterError
 from engines.llamacpp.backend import LlamaCppBackend
+from engines.llamacpp.quantizer import rewrite
 from engines.model import ModelCard
 from engines.request import Mode
-from engines.store.blobs import blob_path
 from engines.store.catalog import Catalog
+from engines.store.create import Creator
+from engines.store.credentials import docker_config_path
+from engines.store.disk import Disk
+from engines.store.docker import DockerStore
+from engines.store.folder import Folder
 from engines.store.seed import seed_demo
+from engines.store.transfer import Access, Transfers
+from engines.store.writer import StoreWriter
 from gateway import admin
 from gateway.accounting import Accounts, RequestMiddleware
 from gateway.dispatch import Dispatch
+from gateway.jobs import Jobs
+from gateway.library import Library
 from gateway.logs import set_up_logging
 from gateway.memory import Memory
 from gateway.metrics import CONTENT_TYPE, Metrics
@@ -88,9 +101,10 @@ class House:
     def __init__(self, settings: Settings, backend: Backend | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.backend = backend or LlamaCppBackend(
-            lambda digest: blob_path(settings.models, digest), step_limit_s=settings.step_limit_s
+        self.catalog = Catalog(
+            settings.models, DockerStore(settings.docker_models), *map(Folder, settings.model_folders)
         )
+        self.backend = backend or LlamaCppBackend(self.catalog.weights, step_limit_s=settings.step_limit_s)
         self._sockets = _socket_directory(settings.data)
         self._generation = count(1)
         self._measured: dict[RunnerKey, dict[int, int]] = {}
@@ -111,16 +125,24 @@ class House:
             capacity=Memory(settings.memory_limit_bytes).capacity_bytes,
         )
         self.dispatch = Dispatch(
-            Catalog(settings.models),
+            self.catalog,
             self.pool,
             self.accounts,
             backend=self.backend.name,
             num_ctx=settings.context_length,
         )
+        self.jobs, self.disk = Jobs(), Disk()
+        writer = StoreWriter(settings.models, keeps_unused=settings.keeps_unused)
+        creator = Creator(writer, rewrite=rewrite, check_template=_check_template)
+        self.transfers = Transfers(writer, _registry_access(settings), self.disk)
+        self.library = Library(writer, self.catalog, creator, self.jobs, self.transfers, self.disk)
         self.metrics.watch(in_flight=self.accounts.in_flight, waiting=self.accounts.waiting, runners=self.pool.statuses)
 
     async def close(self) -> None:
         """Stop every worker, then commit what is left to record."""
+        await self.jobs.close()
+        await self.transfers.close()
+        self.disk.close()
         await self.pool.close()
         await self.accounts.close()
         await self.ledger.close()
@@ -186,6 +208,31 @@ class House:
         )
 
 
+def _registry_access(settings: Settings) -> Access:
+    """Registries look for Ollama's name, and keys and passwords are where Ollama and Docker keep them."""
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    return Access(
+        user_agent=f"ollama/{VERSION} ({machine} {sys.platform}) headwater/{version('headwater')}",
+        docker_config=docker_config_path(),
+        key_file=Path.home() / ".ollama" / "id_ed25519",
+        mirrors=settings.registry_mirrors,
+    )
+
+
+def _check_template(text: str) -> None:
+    """Raises TemplateError for what is no Go template."""
+    GoTemplate(text)
+
+
+def _tidy(settings: Settings) -> None:
+    """Delete what nobody needs in the store, as Ollama does when it starts; that it cannot is no reason not to."""
+    try:
+        if not settings.keeps_unused and (num_deleted := StoreWriter(settings.models).tidy()):
+            log.info("deleted %s files that no model needs from %s", num_deleted, settings.models)
+    except HeadwaterError as error:
+        log.warning("the store was not tidied: %s", error.message)
+
+
 def _socket_directory(data: Path) -> Path:
     """A directory of our own for sockets: short enough for a socket's path, and readable by nobody else.
 
@@ -212,6 +259,8 @@ def make_app(house: House) -> Starlette:
         *_own_routes(house),
         *admin.routes(house.ledger),
         *ollama.routes(),
+        *LibraryRoutes(house.library, body_limit_bytes=settings.body_limit_bytes).routes(),
+        *TransferRoutes(house.library, body_limit_bytes=settings.body_limit_bytes).routes(),
         *openai.routes(),
         *model_runner.routes(),
     ]
@@ -338,6 +387,7 @@ async def run(settings: Settings, listener: socket.socket, backend: Backend | No
     """Serve until SIGTERM or SIGINT; running requests may finish within the grace time. `backend` is as in House."""
     house = House(settings, backend)
     await asyncio.to_thread(seed_demo, settings.models, settings.data / "seeded")
+    await asyncio.to_thread(_tidy, settings)
     await house.open()
     try:
         config = uvicorn.Config(

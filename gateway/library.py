@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from engines.errors import AccessDenied, BadRequest, ModelNotFound
 from engines.library import CreateRequest, Progress
@@ -18,9 +19,9 @@ from engines.store.catalog import Catalog
 from engines.store.create import Creator, check_request
 from engines.store.disk import Disk
 from engines.store.names import parse_name, without_local
-from engines.store.transfer import Transfers
+from engines.store.transfer import SUCCESS, Transfers
 from engines.store.writer import StoreWriter
-from gateway.jobs import Jobs
+from gateway.jobs import Job, Jobs
 
 WRITE_BYTES = 1 << 20
 """How much of an upload is gathered in memory before it goes to the disk."""
@@ -55,9 +56,25 @@ class Library:
         self._disk = disk
 
     async def create(self, request: CreateRequest) -> AsyncIterator[Progress]:
-        """Make a model or replace it."""
+        """Make a model or replace it; a base that is not there is pulled first."""
         check_request(request)
+        if request.base and not await self._disk.run(self._creator.has_base, request):
+            await self._explain_foreign(request.base, "built upon")
+            return self._pull_and_create(request)
+        return self._start(request)
+
+    def _start(self, request: CreateRequest) -> Job:
         return self._jobs.start(lambda report: self._creator.run(request, report))
+
+    async def _pull_and_create(self, request: CreateRequest) -> AsyncIterator[Progress]:
+        """Both as one; clients would take the pull's success for the end."""
+        async with aclosing(self._transfers.pull(parse_name(without_local(request.base)))) as pulling:
+            async for step in pulling:
+                if step != SUCCESS:
+                    yield step
+        async with aclosing(self._start(request)) as creating:
+            async for step in creating:
+                yield step
 
     async def pull(self, name: str, *, insecure: bool = False, token: str = "") -> AsyncIterator[Progress]:
         """Fetch a model, or what is new in it."""

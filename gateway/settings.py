@@ -20,6 +20,7 @@ import platformdirs
 from compat.browser import parse_origins
 from compat.keep_alive import parse_keep_alive
 from engines.errors import BadRequest
+from engines.store.names import DEFAULT_HOST
 
 T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -32,6 +33,9 @@ _HOST = re.compile(
     r"(?P<host>\[[^\]]*\]|[^:/]*|[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*)"
     r"(?::(?P<port>\d*))?(?:/.*)?"
 )
+
+
+_MIRROR = re.compile(r"https?://[A-Za-z0-9._\[\]-][A-Za-z0-9._:\[\]-]*(?:/[A-Za-z0-9._~/-]*)?")
 
 
 class SettingsError(ValueError):
@@ -50,6 +54,8 @@ class Settings:
 
     Attributes:
         models: the store, in Ollama's layout. data: database, sockets and logs.
+        docker_models: Docker Model Runner's store, which is only read, as are model_folders of GGUF files.
+        keeps_unused: leave blobs in the store that no model needs.
         keep_alive_s: how long an idle model stays; infinite for ever. load_timeout_s: the longest load.
         step_limit_s: the longest step of a small model; a worker that takes longer hangs and is ended.
         num_parallel: requests a model serves at once; 0 lets the server choose.
@@ -60,6 +66,7 @@ class Settings:
             the machine decide.
         prefill_slowdown: how many times longer a step may take for those who are being answered when a prompt is read
             beside them. prefix_disk_bytes: what prefixes of prompts may take on the disk, 0 for nothing.
+        registry_mirrors: registries to ask first, by the host that they stand in for.
         origins: further browser origins. trusted_proxies: peers whose word on where a request came from is believed.
         body_limit_bytes: largest request body. shutdown_grace_s: how long running requests may go on after SIGTERM.
     """
@@ -67,6 +74,9 @@ class Settings:
     host: str
     port: int
     models: Path
+    docker_models: Path
+    model_folders: tuple[Path, ...]
+    keeps_unused: bool
     data: Path
     database_url: str
     keep_alive_s: float
@@ -83,6 +93,7 @@ class Settings:
     memory_limit_bytes: int
     prefill_slowdown: float
     prefix_disk_bytes: int
+    registry_mirrors: Mapping[str, str]
     origins: tuple[str, ...]
     trusted_proxies: tuple[Network, ...]
     body_limit_bytes: int
@@ -106,6 +117,9 @@ class Settings:
             host=host,
             port=port,
             models=read("OLLAMA_MODELS", "~/.ollama/models", _path, "a directory"),
+            docker_models=read("HEADWATER_DMR_STORE", "~/.docker/models", _path, "a directory"),
+            model_folders=read("HEADWATER_MODELS_PATH", "", _paths, f"directories with {os.pathsep!r} between them"),
+            keeps_unused=read("OLLAMA_NOPRUNE", "0", _flag, "true or false"),
             data=data,
             database_url=read(
                 "HEADWATER_DATABASE_URL", f"sqlite+aiosqlite:///{data / 'usage.db'}", str, "a database's address"
@@ -126,6 +140,12 @@ class Settings:
             ),
             prefill_slowdown=read("HEADWATER_PREFILL_SLOWDOWN", "2.5", _slowdown, "a factor from 1.1 to 100"),
             prefix_disk_bytes=read("HEADWATER_PREFIX_DISK", "4GiB", _size, "a number of bytes, such as 4GiB"),
+            registry_mirrors=read(
+                "HEADWATER_REGISTRY_MIRROR",
+                "",
+                _mirrors,
+                "addresses such as https://mirror.lan or docker.io=https://mirror.lan",
+            ),
             origins=read("OLLAMA_ORIGINS", "", parse_origins, "a comma-separated list of origins"),
             trusted_proxies=read(
                 "HEADWATER_TRUSTED_PROXIES",
@@ -171,6 +191,10 @@ def _host(value: str) -> tuple[str, int]:
 
 def _path(value: str) -> Path:
     return Path(value).expanduser().absolute()
+
+
+def _paths(value: str) -> tuple[Path, ...]:
+    return tuple(_path(part) for part in value.split(os.pathsep) if part.strip())
 
 
 def _keep_alive(value: str) -> float:
@@ -235,6 +259,19 @@ def _size(value: str) -> int:
     if found is None:
         raise ValueError(value)
     return int(float(found[1]) * 1024 ** (" kmgt".index(found[2]) if found[2] else 0))
+
+
+def _mirrors(value: str) -> dict[str, str]:
+    """`[host=]address, ...`; without a host the address stands in for Ollama's registry."""
+    mirrors = {}
+    for entry in filter(None, (part.strip() for part in value.split(","))):
+        host, equals, address = entry.partition("=")
+        if not equals:
+            host, address = DEFAULT_HOST, entry
+        if not _MIRROR.fullmatch(address.strip()) or not host.strip():
+            raise ValueError(value)
+        mirrors[host.strip().lower()] = address.strip()
+    return mirrors
 
 
 def _networks(value: str) -> tuple[Network, ...]:

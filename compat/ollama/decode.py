@@ -18,6 +18,7 @@ from compat.keep_alive import parse_keep_alive
 from compat.ollama.embeddings import EmbedBody, EmbeddingsBody, RerankBody
 from compat.ollama.gojson import decode_first, quote
 from compat.ollama.images import decode_image
+from compat.ollama.manage import CopyBody, CreateBody, DeleteBody, TransferBody
 from compat.ollama.schema import ChatBody, GenerateBody, GenerationBody, KeepAlive, ShowBody
 from engines.errors import BadRequest
 from engines.request import JSON
@@ -25,7 +26,10 @@ from engines.request import JSON
 T = TypeVar("T")
 _G = TypeVar("_G", bound=GenerationBody)
 
-_BODIES = (ChatBody, GenerateBody, ShowBody, EmbedBody, EmbeddingsBody, RerankBody)
+_BODIES = (
+    *(ChatBody, GenerateBody, ShowBody, EmbedBody, EmbeddingsBody, RerankBody),
+    *(CreateBody, CopyBody, DeleteBody, TransferBody),
+)
 _TYPES: dict[type, inspect.Type] = {kind: inspect.type_info(kind) for kind in _BODIES}
 _FOLDED = (inspect.StructType, inspect.ListType, inspect.DictType)
 
@@ -66,6 +70,31 @@ def decode_embeddings(data: bytes) -> EmbeddingsBody:
 def decode_rerank(data: bytes) -> RerankBody:
     """The body of a reranking. Raises BadRequest."""
     return _decode(RerankBody, "RerankRequest", data)
+
+
+def decode_create(data: bytes) -> CreateBody:
+    """The body of a request for a model. Raises BadRequest."""
+    return _decode(CreateBody, "CreateRequest", data)
+
+
+def decode_copy(data: bytes) -> CopyBody:
+    """The body of a copy. Raises BadRequest."""
+    return _decode(CopyBody, "CopyRequest", data)
+
+
+def decode_delete(data: bytes) -> DeleteBody:
+    """The body of a deletion. Raises BadRequest."""
+    return _decode(DeleteBody, "DeleteRequest", data)
+
+
+def decode_pull(data: bytes) -> TransferBody:
+    """The body of a pull. Raises BadRequest."""
+    return _decode(TransferBody, "PullRequest", data)
+
+
+def decode_push(data: bytes) -> TransferBody:
+    """The body of a push. Raises BadRequest."""
+    return _decode(TransferBody, "PushRequest", data)
 
 
 def _checked(body: _G) -> _G:

@@ -42,7 +42,7 @@ def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Orig
     _refuse_unsupported(body)
     return replace(
         request,
-        messages=card.introduce(tuple(map(_parse_message, body.messages))),
+        messages=card.introduce(tuple(map(parse_message, body.messages))),
         tools=tuple(parse_tool(tool) for tool in body.tools),
         format=_parse_format(body.format),
     )
@@ -136,7 +136,7 @@ def _generate_messages(body: GenerateBody, card: ModelCard) -> tuple[Message, ..
     )
 
 
-def _parse_message(body: MessageBody) -> Message:
+def parse_message(body: MessageBody) -> Message:
     """One message. As in Ollama, which roles there are is up to the model's template."""
     return Message(
         role=body.role.lower(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,15 +36,12 @@ class BlobWriter:
     def __init__(self, models: Path) -> None:
         self._models = models
         self._hash = hashlib.sha256()
+        self._file: FileIO | None = None
         self.path = temporary_beside(models / "blobs" / "blob")
         self.size_bytes = 0
-        try:
-            make_directories(self.path.parent)
-            self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb", buffering=0)
-        except OSError as error:
-            raise self._not_writable(error) from error
 
     def __enter__(self) -> Self:
+        self.open()
         return self
 
     def __exit__(
@@ -51,10 +49,19 @@ class BlobWriter:
     ) -> None:
         self.close()
 
+    def open(self) -> None:
+        """Create the file; only then can be written."""
+        try:
+            make_directories(self.path.parent)
+            self._file = FileIO(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb")
+        except OSError as error:
+            raise self._not_writable(error) from error
+
     def close(self) -> None:
         """Delete what was not published."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+            self.path.unlink(missing_ok=True)
 
     @property
     def digest(self) -> str:
@@ -63,6 +70,7 @@ class BlobWriter:
 
     def write(self, data: bytes | bytearray) -> None:
         """Add bytes at the end."""
+        assert self._file is not None
         try:
             left = memoryview(data)
             while left:

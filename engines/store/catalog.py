@@ -16,6 +16,7 @@ from typing import Any
 
 from engines.errors import HeadwaterError, ModelNotFound
 from engines.model import ModelCard, ModelDescription
+from engines.store.blobs import blob_path
 from engines.store.cards import InstalledModel
 from engines.store.gguf import merge_parts, read_header
 from engines.store.providers import OllamaStore, Provider
@@ -28,6 +29,7 @@ class Catalog:
     """The models below `root`, the directory that Ollama calls OLLAMA_MODELS, and in further places."""
 
     def __init__(self, root: Path, *further: _Place) -> None:
+        self._root = root
         self._places: tuple[_Place, ...] = (OllamaStore(root), *further)
         self._remembered: dict[tuple[_Place, Hashable], InstalledModel] = {}
 
@@ -69,11 +71,9 @@ class Catalog:
         return ModelDescription(card, header.metadata, header.tensors, header.num_parameters, projector)
 
     def weights(self, digest: str) -> Path:
-        """The file of weights that a card named. Raises ModelNotFound when it is gone."""
-        for place in self._places:
-            if (path := place.weights(digest)) is not None:
-                return path
-        raise ModelNotFound(digest)
+        """The file of weights that a card named; when it is gone, where Ollama's directory would have it."""
+        found = (place.weights(digest) for place in self._places)
+        return next((path for path in found if path is not None), blob_path(self._root, digest))
 
     def owner_of(self, name: str) -> str | None:
         """What the place is called that a model is in, when it may not be changed there. Raises as `find` does."""

@@ -77,22 +77,28 @@ class Creator:
             BadRequest, ModelNotFound, GGUFParseError, ManifestDamaged, SplitDamaged: it cannot be made.
             StoreNotWritable: the directory or the disk refuses. Whatever `report` and the rewriting raise.
         """
-        name = parse_name(request.name)
-        with self._writer.holds.holding() as hold:
-            bench = Workbench(self._writer.models, hold, report, self._rewrite)
-            pieces, config = self._start(bench, request)
-            pieces = [_quantize(bench, piece, request) for piece in pieces]
-            stop = default_stop(config, pieces)
-            parameters = {"stop": list(stop), **request.parameters} if stop else request.parameters
-            config = with_weights(config, pieces)
-            pieces = self._dress(bench, pieces, dataclasses.replace(request, parameters=parameters))
-            for piece in pieces:
-                report(Progress(piece.status))
-            config_piece = bench.new("", encode_json(config), CONFIG_TYPE)
-            report(Progress("writing manifest"))
-            layers = tuple(piece.layer for piece in pieces)
-            self._writer.commit(name, encode_json(Manifest(config=config_piece.layer, layers=layers)))
+        made: set[str] = set()
+        try:
+            with self._writer.holds.holding() as hold:
+                self._make(Workbench(self._writer.models, hold, report, self._rewrite, made), request)
+        except BaseException:
+            self._writer.discard(made)
+            raise
         report(Progress("success"))
+
+    def _make(self, bench: Workbench, request: CreateRequest) -> None:
+        pieces, config = self._start(bench, request)
+        pieces = [_quantize(bench, piece, request) for piece in pieces]
+        stop = default_stop(config, pieces)
+        parameters = {"stop": list(stop), **request.parameters} if stop else request.parameters
+        config = with_weights(config, pieces)
+        pieces = self._dress(bench, pieces, dataclasses.replace(request, parameters=parameters))
+        for piece in pieces:
+            bench.report(Progress(piece.status))
+        config_layer = bench.new("", encode_json(config), CONFIG_TYPE).layer
+        bench.report(Progress("writing manifest"))
+        manifest = Manifest(config=config_layer, layers=tuple(piece.layer for piece in pieces))
+        self._writer.commit(parse_name(request.name), encode_json(manifest))
 
     def _start(self, bench: Workbench, request: CreateRequest) -> tuple[list[Piece], ModelConfig]:
         """The pieces of the base or the files, with what is added to them, and the config as far as it is known."""

@@ -51,13 +51,17 @@ class Piece:
 class Workbench:
     """Makes pieces out of blobs and bytes.
 
+    Args:
+        made: takes in the digests of blobs that were not there before.
+
     Raises:
         StoreNotWritable: from every method, when the directory or the disk refuses.
     """
 
-    def __init__(self, models: Path, hold: Hold, report: Report, rewrite: Rewrite) -> None:
+    def __init__(self, models: Path, hold: Hold, report: Report, rewrite: Rewrite, made: set[str]) -> None:
         self._models = models
         self._hold = hold
+        self._made = made
         self.report = report
         self._rewrite = rewrite
 
@@ -65,9 +69,9 @@ class Workbench:
         """A layer of these bytes."""
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self._hold.add(digest)
-        status = "using existing layer" if blob_path(self._models, digest).exists() else "creating new layer"
+        is_new = not blob_path(self._models, digest).exists()
         write_blob(self._models, data)
-        return Piece(Layer(media_type or f"{LAYER_TYPE}{kind}", digest, len(data)), f"{status} {digest}")
+        return Piece(Layer(media_type or f"{LAYER_TYPE}{kind}", digest, len(data)), self._status(digest, is_new))
 
     def reuse(self, digest: str, media_type: str, source: str, name: str = "") -> Piece:
         """A layer of a blob that is there, as large as it is, whatever anybody says.
@@ -116,9 +120,14 @@ class Workbench:
             writer.take_in(lambda done, total: self.report(Progress("verifying conversion")))
             header = read_header(writer.path, arrays=False)
             self._hold.add(writer.digest)
-            is_new = writer.publish()
+            status = self._status(writer.digest, writer.publish())
             layer = Layer(piece.layer.media_type, writer.digest, writer.size_bytes)
-        return Piece(layer, f"{'creating new layer' if is_new else 'using existing layer'} {layer.digest}", header)
+        return Piece(layer, status, header)
+
+    def _status(self, digest: str, is_new: bool) -> str:
+        if is_new:
+            self._made.add(digest)
+        return f"{'creating new layer' if is_new else 'using existing layer'} {digest}"
 
     @contextmanager
     def _source(self, piece: Piece) -> Iterator[Path]:

@@ -124,6 +124,11 @@ class StoreWriter:
                 raise StoreNotWritable(f"cannot delete {path}: {error.strerror}") from error
             self._delete_unused(digests)
 
+    def discard(self, digests: Iterable[str]) -> None:
+        """Delete blobs of a model that was never finished, unless another one names them."""
+        with store_lock(self.models):
+            self._delete_unused(digests)
+
     def tidy(self, grace_s: float = GRACE_S) -> int:
         """Delete what earlier runs, ours and Ollama's, left behind; how many files.
 
