@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+pytest.importorskip("jsonschema", reason="the extra `bench` is not installed")
 
 from benchmarks.clients import CLIENTS, mixed_requests
 from benchmarks.load import Answer, Load
