@@ -45,6 +45,9 @@ class Services(Protocol):
         Whoever stops iterating early cancels the request.
         """
 
+    async def render(self, request: GenerateRequest) -> str:
+        """The prompt that `generate` would give to the model, as text. Raises as `generate` does."""
+
     async def load(self, request: GenerateRequest) -> None:
         """Make the request's model resident without generating."""
 

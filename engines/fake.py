@@ -127,6 +127,11 @@ class FakeEngine(InferenceBackend):
             raise PromptTooLong(prompt_tokens, self._model.num_ctx)
         return FakeGeneration(self, self._model, request, text.split(), prompt_tokens)
 
+    async def render(self, request: GenerateRequest) -> str:
+        """The texts of the messages, a line each, or the prompt."""
+        self._require_loaded()
+        return "\n".join(message.content for message in request.messages or ()) or request.prompt or ""
+
     async def embed(self, request: EmbedRequest) -> FakeComputation[Sequence[Vector[float]]]:
         """Admit inputs whose words, or token ids, fit the window or may be cut."""
         inputs = self._fit([_words(each) for each in request.inputs], truncate=request.truncate)

@@ -56,6 +56,7 @@ from engines.request import (
 
 ORIGIN_HEADER = "X-Request-Origin"
 REQUEST_ID_HEADER = "X-Request-Id"
+RENDER_PATH = "/render"
 DONE = b"[DONE]"
 MAX_CHOICES = 128
 _PLAIN_SAMPLING = (
@@ -385,6 +386,16 @@ def decode_timings(plain: Mapping[str, Any]) -> Timings:
         prefill_s=plain.get("prompt_ms", 0.0) / 1e3,
         decode_s=plain.get("predicted_ms", 0.0) / 1e3,
     )
+
+
+def encode_prompt(text: str) -> bytes:
+    """The reply to a request that is only rendered."""
+    return _encode({"prompt": text})
+
+
+def decode_prompt(data: bytes) -> str:
+    """What `encode_prompt` wrote."""
+    return str(_decode(data)["prompt"])
 
 
 def encode_cost(usage: Usage, timings: Timings) -> bytes:

@@ -35,7 +35,17 @@ from engines.events import Timings, Usage
 from engines.inference import Computation, Generation, InferenceBackend, LoadConfig, Work
 from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
 from engines.watchdog import LOOP_LIMIT_S, Patience, step_limit_s, watch
-from engines.wire import DONE, ORIGIN_HEADER, REQUEST_ID_HEADER, decode_request, encode_cost, encode_error, encode_event
+from engines.wire import (
+    DONE,
+    ORIGIN_HEADER,
+    RENDER_PATH,
+    REQUEST_ID_HEADER,
+    decode_request,
+    encode_cost,
+    encode_error,
+    encode_event,
+    encode_prompt,
+)
 from engines.wire_vectors import (
     EMBED_PATH,
     RERANK_PATH,
@@ -79,6 +89,7 @@ class Worker:
                 Route("/v1/completions", self.generate, methods=["POST"]),
                 Route(EMBED_PATH, self.embed, methods=["POST"]),
                 Route(RERANK_PATH, self.rerank, methods=["POST"]),
+                Route(RENDER_PATH, self.render, methods=["POST"]),
                 Route("/cancel/{id}", self.cancel, methods=["POST"]),
             ],
             exception_handlers={HeadwaterError: _error_response},
@@ -101,6 +112,12 @@ class Worker:
         generation = await self._admit(request, self._engine.generate)
         return _Streaming(generation, on_end=lambda: self._end(request.id, generation))
 
+    async def render(self, http: Request) -> Response:
+        """The prompt of a request that is not generated, as text."""
+        request = decode_request(await http.body(), **_named(http))
+        self._check(request.model)
+        return Response(encode_prompt(await self._engine.render(request)), media_type="application/json")
+
     async def embed(self, http: Request) -> Response:
         """Admit a request and answer with its vectors."""
         request = decode_embed(await http.body(), **_named(http))
@@ -113,10 +130,13 @@ class Worker:
         computation = await self._admit(request, self._engine.rerank)
         return await self._compute(http, request.id, computation, encode_ranking)
 
+    def _check(self, model: str) -> None:
+        if model not in self._names:
+            raise WrongModel(model, min(self._names))
+
     async def _admit(self, request: R, admit: Callable[[R], Awaitable[W]]) -> W:
         """Let the engine take in a request, which can be cancelled from now on."""
-        if request.model not in self._names:
-            raise WrongModel(request.model, min(self._names))
+        self._check(request.model)
         admitted = asyncio.ensure_future(admit(request))
         self._running[request.id] = admitted
         try:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from engines.chat.capabilities import prefers_chat_template
 from engines.errors import Cancelled, HeadwaterError, UnsupportedCapability
 from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus
@@ -155,6 +156,23 @@ class Dispatch:
         timings = _timings(Timings(), lease, account, ttft_s=0.0)
         await self._accounts.settle(account, status=200, reason=FinishReason.LOAD.value, timings=timings)
 
+    async def render(self, request: GenerateRequest) -> str:
+        """The prompt that the request's model would be given; the model is loaded for it."""
+        account = self._accounts.claim(request, mode=Mode.COMPLETION)
+        try:
+            card = await self._identify(account, request)
+            lease = await self._acquire(account, request, card)
+            try:
+                prompt = await lease.runner.render(_complete(request, card))
+            finally:
+                self._pool.release(lease.resident)
+        except HeadwaterError as error:
+            await self._refuse(account, error)
+            raise
+        timings = _timings(Timings(), lease, account, ttft_s=0.0)
+        await self._accounts.settle(account, status=200, reason=FinishReason.LOAD.value, timings=timings)
+        return prompt
+
     async def unload(self, request: GenerateRequest) -> None:
         """Unload the request's model once its running requests are done."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
@@ -196,7 +214,10 @@ class Dispatch:
 def _complete(request: GenerateRequest, card: ModelCard) -> GenerateRequest:
     """The request with what the model and the dialect say where the client said nothing."""
     sampling = request.sampling.over(card.sampling).over(request.defaults)
-    return replace(request, sampling=sampling, load=request.load.over(card.load))
+    template = request.template
+    if template is None and not prefers_chat_template(card.template, card.chat_template):
+        template = card.template
+    return replace(request, sampling=sampling, load=request.load.over(card.load), template=template)
 
 
 def _require(card: ModelCard, mode: Mode) -> None:

@@ -23,10 +23,12 @@ from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
 from engines.wire import (
     DONE,
     ORIGIN_HEADER,
+    RENDER_PATH,
     REQUEST_ID_HEADER,
     EventDecoder,
     decode_cost,
     decode_error,
+    decode_prompt,
     encode_request,
     path_of,
 )
@@ -193,6 +195,10 @@ class Runner:
             raise await self.explain(error) from error
         return Reply(self, request.id, response)
 
+    async def render(self, request: GenerateRequest) -> str:
+        """The prompt of a request as text. Raises as `generate` does."""
+        return decode_prompt(await self._compute(request, RENDER_PATH, encode_request(request, self.model)))
+
     async def embed(self, request: EmbedRequest) -> Embeddings:
         """The vectors of a request. Raises what the worker refused it with, or WorkerCrashed."""
         return decode_embeddings(await self._compute(request, EMBED_PATH, encode_embed(request, self.model)))
@@ -201,7 +207,7 @@ class Runner:
         """The scores of a request. Raises as `embed` does."""
         return decode_ranking(await self._compute(request, RERANK_PATH, encode_rerank(request, self.model)))
 
-    async def _compute(self, request: EmbedRequest | RerankRequest, path: str, body: bytes) -> bytes:
+    async def _compute(self, request: GenerateRequest | EmbedRequest | RerankRequest, path: str, body: bytes) -> bytes:
         headers = {ORIGIN_HEADER: request.origin.surface, REQUEST_ID_HEADER: request.id}
         try:
             response = await self._client.send("POST", path, body, headers)

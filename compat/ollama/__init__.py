@@ -1,14 +1,19 @@
 """The Ollama dialect: chat, generate, embeddings and models (`spec/ollama.md`), as Ollama 0.33.0 speaks it.
 
-Understood but not offered yet, and refused with a 400 that says so: `_debug_render_only`, a `template` in the request,
-`suffix`, and images in raw mode.
+Understood but not offered yet, and refused with a 400 that says so: images in raw mode.
 
 Deliberate divergences from Ollama, each with its reason:
 
-- A model's Go template is not rendered yet: the Jinja template in its GGUF is used, and ChatML where there is none.
-  `show` names the template that Ollama would use, because clients look for `.Suffix` and `.Thinking` in it.
-- All tool calls of an answer come on its last object, as in Ollama's native mode, since that is the mode we are in. A
-  call whose arguments are no JSON has an empty object for arguments; Ollama fails the whole answer.
+- Models whose config names a renderer or a parser of Ollama's are rendered with their template all the same, and their
+  replies read as it is written. A `template` in a request also says how the reply is read, and an over-long prompt of
+  its may lose the model's own messages before it loses its middle.
+- A tool in a Go template prints as JSON wherever it is printed whole, `.Function` and `.Parameters` too, as those
+  templates mean it. A template may be as expensive as the limits of `engines.chat.meter`, and no more.
+- A reply that begins like a tool call and is none is shown; Ollama drops it where calls have a word for a tag. A call
+  without arguments is one.
+- A gap is also filled by the tokens that a vocabulary has for it, where no template has `.Suffix`.
+- All tool calls of an answer come on its last object, as in Ollama's native mode, whatever the template. A call whose
+  arguments are no JSON has an empty object for arguments; Ollama fails the whole answer.
 - An answer whose prompt was cut, or whose window moved on, says so on its last object: `truncated`, and
   `prompt_tokens_sent`, what the prompt was before it was cut. Other answers have neither.
 - `truncate: false` and a prompt that is too long answers with the one text that Ollama has for it elsewhere.

@@ -19,6 +19,7 @@ from engines.model import ModelCard
 from engines.options import parse_num_keep
 from engines.request import JSON, GenerateRequest, Message, Origin, OutputFormat, Priority, ToolCall
 
+_NO_TEMPLATE = "{{ .Prompt }}"
 _UNSHIFTED = "deepseek2"
 """The family whose window is not shifted unless the client asks for it, as in Ollama."""
 
@@ -39,10 +40,10 @@ def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Orig
     request = _parse_load(body, card, "chat", wanted, request_id, origin)
     if not body.messages:
         return request
-    _refuse_unsupported(body)
+    messages = card.introduce(tuple(map(parse_message, body.messages)))
     return replace(
         request,
-        messages=card.introduce(tuple(map(parse_message, body.messages))),
+        messages=_without_old_thoughts(messages) if _writes_thoughts(card) else messages,
         tools=tuple(parse_tool(tool) for tool in body.tools),
         format=_parse_format(body.format),
     )
@@ -56,18 +57,21 @@ def parse_generate(body: GenerateBody, card: ModelCard, *, request_id: str, orig
     request = _parse_load(body, card, "generate", wanted, request_id, origin)
     if not body.prompt:
         return request
-    _refuse_unsupported(body)
-    _refuse_unsupported_prompt(body)
     output_format = _parse_format(body.format)
     if body.raw:
+        if body.images:
+            raise UnsupportedFeature("images in raw mode are not supported yet", param="images")
         return replace(request, messages=None, prompt=body.prompt, format=output_format)
-    return replace(
+    request = replace(
         request,
-        messages=_generate_messages(body, card),
+        template=body.template or (None if card.template or card.chat_template else _NO_TEMPLATE),
         context_tokens=tuple(body.context or ()),
         format=output_format,
         return_tokens=True,
     )
+    if body.suffix:
+        return replace(request, messages=None, prompt=body.prompt, suffix=body.suffix)
+    return replace(request, messages=_generate_messages(body, card))
 
 
 def _parse_load(
@@ -112,20 +116,6 @@ def _require(card: ModelCard, name: str, task: str, wanted: tuple[str, ...]) -> 
         raise UnsupportedFeature(f"{card.full_name} does not support " + "\n".join(missing), param="model")
 
 
-def _refuse_unsupported(body: GenerationBody) -> None:
-    if body.debug_render_only:
-        raise UnsupportedFeature("_debug_render_only is not supported yet", param="_debug_render_only")
-
-
-def _refuse_unsupported_prompt(body: GenerateBody) -> None:
-    if body.template:
-        raise UnsupportedFeature("a template in the request is not supported yet", param="template")
-    if body.suffix:
-        raise UnsupportedFeature("suffix is not supported yet", param="suffix")
-    if body.raw and body.images:
-        raise UnsupportedFeature("images in raw mode are not supported yet", param="images")
-
-
 def _generate_messages(body: GenerateBody, card: ModelCard) -> tuple[Message, ...]:
     """The prompt as a chat; one that continues a `context`, even an empty one, has had the model's own messages."""
     system = body.system or card.system
@@ -134,6 +124,28 @@ def _generate_messages(body: GenerateBody, card: ModelCard) -> tuple[Message, ..
         *(card.messages if body.context is None else ()),
         Message("user", body.prompt, images=tuple(body.images)),
     )
+
+
+def _writes_thoughts(card: ModelCard) -> bool:
+    """Whether a client may send back reasoning inside the answer, as these models' first templates had it."""
+    return card.family == "qwen3" or card.name.partition(":")[0].rpartition("/")[2] == "deepseek-r1"
+
+
+def _without_old_thoughts(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The chat without the reasoning at the head of answers that come before the last question (section 5.2)."""
+    last = max((place for place, message in enumerate(messages) if message.role == "user"), default=0)
+    return tuple(
+        replace(message, content=_answer_of(message.content))
+        if message.role == "assistant" and place < last
+        else message
+        for place, message in enumerate(messages)
+    )
+
+
+def _answer_of(content: str) -> str:
+    """What follows a leading block of reasoning; one that is not closed has no answer."""
+    text = content.lstrip()
+    return text.partition("</think>")[2].lstrip() if text.startswith("<think>") else content
 
 
 def parse_message(body: MessageBody) -> Message:

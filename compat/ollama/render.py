@@ -14,7 +14,16 @@ from msgspec import UNSET, UnsetType
 
 from compat.ollama.gojson import encode
 from compat.ollama.logprobs import render_logprobs
-from compat.ollama.schema import CalledFunction, CallReply, ChatReply, GenerateReply, MessageReply
+from compat.ollama.schema import (
+    CalledFunction,
+    CallReply,
+    ChatDebugReply,
+    ChatReply,
+    DebugInfo,
+    GenerateDebugReply,
+    GenerateReply,
+    MessageReply,
+)
 from compat.services import Answer
 from engines.events import Event, Finished, FinishReason, TextDelta, ThinkingDelta, TokenLogprob, ToolCallDelta, Usage
 from engines.request import ToolCall
@@ -34,6 +43,9 @@ class Reply(Protocol):
 
     def empty(self, reason: FinishReason, now_ns: int) -> bytes:
         """The object of a request that only loads or unloads the model."""
+
+    def prompt(self, text: str, num_images: int, now_ns: int) -> bytes:
+        """The object of a request that only asks what the model would be given."""
 
 
 class _Head:
@@ -85,6 +97,11 @@ class ChatObjects:
         message = MessageReply("assistant", "")
         return encode(ChatReply(self._head.model, render_time(now_ns), message, done=True, done_reason=reason.value))
 
+    def prompt(self, text: str, num_images: int, now_ns: int) -> bytes:
+        """Nobody has spoken, so the message has no role."""
+        debug = _debug(text, num_images)
+        return encode(ChatDebugReply(self._head.model, render_time(now_ns), MessageReply("", ""), False, debug))
+
     def _chunk(self, now_ns: int, content: bytes, logprobs: Sequence[TokenLogprob]) -> bytes:
         return self._head.chunk(now_ns, b'"message":{"role":"assistant","content":' + content + b"}", logprobs)
 
@@ -131,6 +148,10 @@ class GenerateObjects:
         """Load and unload."""
         return encode(GenerateReply(self._head.model, render_time(now_ns), "", UNSET, True, reason.value))
 
+    def prompt(self, text: str, num_images: int, now_ns: int) -> bytes:
+        """The prompt, and no response."""
+        return encode(GenerateDebugReply(self._head.model, render_time(now_ns), "", False, _debug(text, num_images)))
+
     def _last(
         self, response: str, thinking: str, logprobs: Sequence[TokenLogprob], finished: Finished, now_ns: int
     ) -> bytes:
@@ -147,6 +168,10 @@ class GenerateObjects:
             *_losses(finished.usage),
         )
         return encode(reply)
+
+
+def _debug(prompt: str, num_images: int) -> DebugInfo:
+    return DebugInfo(prompt, num_images or UNSET)
 
 
 def render_time(now_ns: int) -> str:

@@ -144,7 +144,7 @@ class OllamaRoutes:
         if not body.messages and body.keep_alive == 0.0:
             return await self._unload(http, body, reply)
         request = parse_chat(body, card, request_id=http.state.request_id, origin=http.state.origin)
-        return await self._answer(http, request, reply)
+        return await self._answer(http, body, request, reply)
 
     async def generate(self, http: Request) -> Response:
         """`POST /api/generate`."""
@@ -156,7 +156,7 @@ class OllamaRoutes:
         if not body.prompt and body.keep_alive == 0.0:
             return await self._unload(http, body, reply)
         request = parse_generate(body, card, request_id=http.state.request_id, origin=http.state.origin)
-        return await self._answer(http, request, reply)
+        return await self._answer(http, body, request, reply)
 
     async def embed(self, http: Request) -> Response:
         """`POST /api/embed`."""
@@ -209,10 +209,14 @@ class OllamaRoutes:
         await self._services.unload(request)
         return json_response(reply.empty(FinishReason.UNLOAD, self._clock()))
 
-    async def _answer(self, http: Request, request: GenerateRequest, reply: Reply) -> Response:
+    async def _answer(self, http: Request, body: GenerationBody, request: GenerateRequest, reply: Reply) -> Response:
         if request.messages == ():
             await while_connected(http.receive, self._services.load(request))
             return json_response(reply.empty(FinishReason.LOAD, self._clock()))
+        if body.debug_render_only:
+            prompt = await while_connected(http.receive, self._services.render(request))
+            num_images = sum(len(message.images) for message in request.messages or ())
+            return json_response(reply.prompt(prompt, num_images, self._clock()))
         if not request.stream:
             answer = await while_connected(http.receive, self._collect(request))
             return json_response(reply.whole(answer, self._clock()))

@@ -223,6 +223,33 @@ class GenerateReply(Struct):
     truncated: bool | UnsetType = UNSET
 
 
+class DebugInfo(Struct):
+    """What the model would have been given."""
+
+    rendered_template: str
+    image_count: int | UnsetType
+
+
+class ChatDebugReply(Struct):
+    """The only object of a chat with `_debug_render_only`."""
+
+    model: str
+    created_at: str
+    message: MessageReply
+    done: bool
+    debug_info: DebugInfo = msgspec.field(name="_debug_info")
+
+
+class GenerateDebugReply(Struct):
+    """The only object of a generation with `_debug_render_only`."""
+
+    model: str
+    created_at: str
+    response: str
+    done: bool
+    debug_info: DebugInfo = msgspec.field(name="_debug_info")
+
+
 class VersionReply(Struct):
     """`GET /api/version`."""
 

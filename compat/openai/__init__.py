@@ -1,6 +1,6 @@
 """The OpenAI dialect: chat completions, completions, embeddings, reranking and models (`spec/openai.md`).
 
-Understood but not offered yet, and refused with a 400 that names the field: `suffix`, audio, remote images, a forced
+Understood but not offered yet, and refused with a 400 that names the field: audio, remote images, a forced
 `tool_choice`, custom tools, and the legacy `functions` and `function_call`.
 
 Deliberate divergences from OpenAI, each with its reason:

@@ -14,6 +14,7 @@ from compat.openai.options import parse_options, parse_priority
 from compat.openai.refusals import invalid, invalid_type, unsupported_parameter, unsupported_value
 from compat.openai.schema import MAX_PROMPTS, ChatBody, CompletionBody, GenerateBody
 from compat.openai.tools import parse_tools
+from engines.errors import UnsupportedCapability
 from engines.model import ModelCard
 from engines.options import parse_num_keep
 from engines.request import JSON, GenerateRequest, Origin, Sampling
@@ -74,7 +75,7 @@ def parse_completion(
     Raises:
         BadRequest: the body is malformed, or asks for what is not offered.
     """
-    _refuse_unsupported_completion(body)
+    _refuse_unsupported_completion(body, card)
     sampling, load = parse_options(body)
     output_format, prompts = parse_format(body), _prompts(body)
     num_choices = body.best_of or body.n or 1
@@ -86,6 +87,7 @@ def parse_completion(
             origin=origin,
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_tokens=None if isinstance(prompt, str) else prompt,
+            suffix=body.suffix or "",
             format=output_format,
             sampling=sampling,
             defaults=DEFAULTS,
@@ -127,8 +129,11 @@ def _refuse_unsupported_chat(body: ChatBody) -> None:
         raise invalid("continue_final_message", "cannot be true together with 'add_generation_prompt'")
 
 
-def _refuse_unsupported_completion(body: CompletionBody) -> None:
-    _refuse(suffix=body.suffix)
+def _refuse_unsupported_completion(body: CompletionBody, card: ModelCard) -> None:
+    if body.suffix and "insert" not in card.capabilities:
+        raise UnsupportedCapability(card.name, "insert")
+    if body.suffix and not all(isinstance(prompt, str) for prompt in _prompts(body)):
+        raise unsupported_value("suffix", "token ids before it are not offered here")
     if body.best_of is not None and body.best_of < (body.n or 1):
         raise invalid("best_of", "smaller than 'n'")
     if body.best_of is not None and body.best_of > 1 and body.stream:

@@ -60,6 +60,10 @@ class ChatTemplate:
         """Reasoning that was switched off and came all the same is still told apart."""
         return self._reply_format
 
+    def opens_thinking(self, text: str, think: bool | str | None) -> bool:
+        """A prompt that the template has not made is answered with raw text."""
+        return False
+
     def render_infill(self, prompt: str, suffix: str, *, think: bool | str | None = None) -> str:
         """Chat templates have no words for it."""
         raise TemplateError("the chat template cannot place a suffix")

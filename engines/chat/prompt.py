@@ -77,7 +77,8 @@ class PromptBuilder:
             _limit_chars(len(request.prompt or "") + len(request.suffix), num_ctx)
             text = self._raw(request)
             tokens = list(request.prompt_tokens or ()) or self._encode(request, text)
-            prompt = Prompt([*request.context_tokens, *tokens], text=text)
+            in_thinking = bool(request.think) and self._template_of(request).opens_thinking(text, request.think)
+            prompt = Prompt([*request.context_tokens, *tokens], in_thinking=in_thinking, text=text)
         else:
             prompt = self._fit(request, request.messages, num_ctx)
         if not prompt.tokens:

@@ -41,5 +41,8 @@ class Template(Protocol):
         `variables` are the client's own, which only templates in Jinja know.
         """
 
+    def opens_thinking(self, text: str, think: bool | str | None) -> bool:
+        """Whether a prompt that is no chat leaves reasoning open."""
+
     def render_infill(self, prompt: str, suffix: str, *, think: bool | str | None = None) -> str:
         """The prompt for what goes between two texts; only where `infills`."""

@@ -170,7 +170,8 @@ class ConstrainedChooser:
         inner: chooses among what is left. matcher: the grammar at its start.
         triggers: strings after any of which the constraint begins, and begins anew once it is fulfilled; without any
             it holds from the start.
-        in_thinking: the prompt ends inside an open reasoning block. may_think: the model may open one itself.
+        markers: what opens and closes reasoning. in_thinking: the prompt ends inside an open block of it.
+        may_think: the model may open one itself.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class ConstrainedChooser:
         matcher: LLMatcher,
         *,
         triggers: Sequence[str] = (),
+        markers: tuple[str, str] = THINK,
         in_thinking: bool,
         may_think: bool,
     ) -> None:
@@ -192,8 +194,9 @@ class ConstrainedChooser:
         self._start = matcher
         self._matcher = matcher.deep_copy()
         self._triggers = tuple(trigger.encode() for trigger in triggers if trigger)
-        self._opening = model.single_token(THINK[0]) if may_think and not in_thinking else None
-        self._awaited = (THINK[1].encode(),) if in_thinking else self._triggers
+        self._opening = model.single_token(markers[0]) if may_think and not in_thinking else None
+        self._closing = markers[1].encode()
+        self._awaited = (self._closing,) if in_thinking else self._triggers
         self._tail = b""
         self._next = None if self._awaited else grammars.forbidden(self._matcher)
 
@@ -210,7 +213,7 @@ class ConstrainedChooser:
         np.copyto(self._context.logits(index), -np.inf, where=forbidden)
         token = self._inner.sample(index)
         if token == self._opening:
-            self._awaited, self._next = (THINK[1].encode(),), None
+            self._awaited, self._next = (self._closing,), None
         elif not self._model.is_end(token):
             self._matcher.consume_token(token)
             self._advance()

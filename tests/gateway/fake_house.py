@@ -13,6 +13,7 @@ import psutil
 
 from engines.events import Event, TextDelta
 from engines.llamacpp.backend import LlamaCppBackend
+from engines.model import ModelCard
 from engines.request import GenerateRequest, Message, Origin
 from engines.store.catalog import Catalog
 from engines.store.seed import seed_demo
@@ -111,3 +112,9 @@ async def texts(events: AsyncIterator[Event]) -> list[str]:
 def demo_digest(root: Path) -> str:
     """The digest of the only model."""
     return Catalog(root / "models").find("demo").digest
+
+
+def demo_card(root: Path) -> ModelCard:
+    """The only model of a new directory."""
+    seed_demo(root / "models", root / "seeded")
+    return Catalog(root / "models").find("demo")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_house import FakeHouse, ask, demo_digest, describe_model, fake_house, texts, until, worker_pids
+from fake_house import FakeHouse, ask, demo_card, demo_digest, describe_model, fake_house, texts, until, worker_pids
 
 from compat.streams import aclose
 from engines.errors import HeadwaterError, ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
@@ -78,6 +78,23 @@ async def test_a_loaded_model_has_no_load_time(house: FakeHouse) -> None:
     assert first["load_s"] > 0
     assert second["load_s"] == 0
     assert second["queue_s"] < first["load_s"]
+
+
+async def test_a_prompt_is_rendered_by_the_worker_and_costs_a_load(house: FakeHouse) -> None:
+    """The model is there afterwards; nothing was generated."""
+    assert await house.dispatch.render(ask("one two")) == "one two"
+    row = house.row()
+    assert (row["status"], row["finish_reason"], row["completion_tokens"]) == (200, "load", 0)
+    assert repr(house.pool) == "<Pool [demo:latest:ready:0] waiting=0>"
+
+
+def test_the_model_s_own_template_goes_with_the_request_where_it_is_used(tmp_path: Path) -> None:
+    """Unless the request brings one, or the weights' own template can do more."""
+    card = replace(demo_card(tmp_path), template="{{ .Prompt }}", chat_template="")
+    assert _complete(ask(), card).template == "{{ .Prompt }}"
+    assert _complete(ask(template="{{ .System }}"), card).template == "{{ .System }}"
+    assert _complete(ask(), replace(card, chat_template="{{ tools }}")).template is None
+    assert _complete(ask(), replace(card, template="")).template is None
 
 
 async def test_waiting_for_a_place_is_queue_time(tmp_path: Path) -> None:

@@ -87,13 +87,14 @@ class GoTemplate:
                 text = self._turn_by_turn(turns, think)
         except (RecursionError, MemoryError) as error:
             raise TemplateError("the chat template exceeded its limits") from error
-        return Rendered(text, self._opens_thinking(text, think))
+        return Rendered(text, self.opens_thinking(text, think))
 
     def render_infill(self, prompt: str, suffix: str, *, think: bool | str | None = None) -> str:
         """The prompt for what goes between two texts. Raises as `render_chat` does."""
         return self._execute({"Prompt": prompt, "Suffix": suffix, "Response": ""}, think)
 
-    def _opens_thinking(self, text: str, think: bool | str | None) -> bool:
+    def opens_thinking(self, text: str, think: bool | str | None) -> bool:
+        """Whether a prompt ends in the marker that opens reasoning."""
         thinking = self.reply_format(think).thinking
         return thinking is not None and text.rstrip().endswith(thinking[0])
 

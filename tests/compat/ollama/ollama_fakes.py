@@ -156,6 +156,13 @@ class FakeServices:
         self.asked.set()
         return self.playbacks[-1]
 
+    async def render(self, request: GenerateRequest) -> str:
+        """Every prompt is the same."""
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        return "<user>hi"
+
     async def load(self, request: GenerateRequest) -> None:
         """Remember, or refuse."""
         self.loads.append(request)

@@ -1,5 +1,6 @@
 """Bodies to requests: data in, data out."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -144,24 +145,49 @@ def test_what_the_model_cannot_do_is_refused(parse: Any, model: Any, fields: dic
     assert refused.value.message == text
 
 
+def test_images_in_raw_mode_are_refused() -> None:
+    """Rather than ignored."""
+    with pytest.raises(BadRequest, match="images in raw mode are not supported yet"):
+        generate(raw=True, images=["QUI="])
+
+
+def test_a_template_in_the_request_renders_the_same_messages() -> None:
+    """And nothing is said where the model's own is to be used, which is not the dialect's choice."""
+    model = card("m:latest", template="{{ .Prompt }}")
+    request = generate(model, template="{{ .System }}", system="S")
+    assert (request.template, request.messages) == ("{{ .System }}", (Message("system", "S"), Message("user", "hi")))
+    assert generate(model).template is None
+
+
+def test_a_model_without_any_template_takes_the_prompt_alone() -> None:
+    """In a generation; a chat with it is ChatML's business."""
+    assert generate(card("m:latest")).template == "{{ .Prompt }}"
+    assert generate(card("m:latest", chat_template="{{ messages }}")).template is None
+    assert chat(card("m:latest")).template is None
+
+
+def test_a_suffix_leaves_nothing_but_prompt_and_suffix() -> None:
+    """Where the model can fill in; system text and the model's own messages have no place there."""
+    request = generate(dataclasses.replace(OWN, capabilities=("completion", "insert")), suffix="end", system="S")
+    assert (request.messages, request.prompt, request.suffix) == (None, "hi", "end")
+    assert request.return_tokens
+
+
 @pytest.mark.parametrize(
-    ("parse", "fields", "what"),
+    ("model", "expected"),
     [
-        (generate, {"_debug_render_only": True}, "_debug_render_only"),
-        (generate, {"template": "{{ .Prompt }}"}, "template"),
-        (generate, {"raw": True, "images": ["QUI="]}, "images"),
+        (card("m:latest", family="qwen3"), "so"),
+        (card("deepseek-r1:8b", family="llama"), "so"),
+        (card("me/deepseek-r1:8b", family="qwen2"), "so"),
+        (card("m:latest", family="llama"), " <think>why</think>\nso"),
     ],
 )
-def test_what_is_not_offered_yet_is_refused(parse: Any, fields: dict[str, Any], what: str) -> None:
-    """Rather than ignored."""
-    with pytest.raises(BadRequest, match=f"{what}.* not supported yet"):
-        parse(**fields)
-
-
-def test_suffix_is_refused_also_where_the_model_knows_it() -> None:
-    """Its template is not rendered yet."""
-    with pytest.raises(BadRequest, match="suffix is not supported yet"):
-        generate(card("m:latest", "insert"), suffix="x")
+def test_old_reasoning_inside_answers_is_taken_out_for_models_that_put_it_there(model: Any, expected: str) -> None:
+    """Only at the head of an answer, and only before the last question."""
+    thought = " <think>why</think>\nso"
+    said = [("user", "a"), ("assistant", thought), ("user", thought), ("assistant", thought)]
+    request = chat(model, messages=[{"role": role, "content": content} for role, content in said])
+    assert [message.content for message in request.messages or ()] == ["a", expected, thought, thought]
 
 
 @pytest.mark.parametrize("parse", [chat, generate])

@@ -179,6 +179,18 @@ def test_what_was_cut_is_never_cut_in_silence(reply: Reply, lost: dict[str, int]
         assert last == plain.removesuffix("}") + told
 
 
+def test_a_prompt_is_shown_without_an_answer() -> None:
+    """Images are counted where there are some."""
+    assert ChatObjects("m").prompt("<p>", 0, NOW_NS).decode() == (
+        f'{{"model":"m","created_at":"{NOW}","message":{{"role":"","content":""}},"done":false,'
+        '"_debug_info":{"rendered_template":"\\u003cp\\u003e"}}'
+    )
+    assert GenerateObjects("m").prompt("p", 2, NOW_NS).decode() == (
+        f'{{"model":"m","created_at":"{NOW}","response":"","done":false,'
+        '"_debug_info":{"rendered_template":"p","image_count":2}}'
+    )
+
+
 def test_loading_and_unloading_have_no_statistics() -> None:
     """To the byte."""
     assert ChatObjects("m").empty(FinishReason.LOAD, NOW_NS).decode() == (

@@ -15,7 +15,7 @@ from ollama_fakes import BODY_LIMIT_BYTES, NOW, NOW_NS, FakeServices, app, card,
 from compat.ollama.errors import PROMPT_TOO_LONG, QUEUE_FULL
 from compat.ollama.routes import OllamaRoutes
 from compat.services import Refusal
-from engines.errors import ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
+from engines.errors import GoTemplateError, ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
 from engines.events import Event, TextDelta
 from engines.options import FURTHER_SAMPLERS
 from engines.request import GenerateRequest
@@ -408,3 +408,22 @@ def test_any_json_is_answered(path: str, body: Any) -> None:
     assert list(response.json()) == ["error"]
     assert isinstance(response.json()["error"], str)
     assert response.status_code < 500 or response.json()["error"].startswith(("option ", "invalid format: ")), error
+
+
+@pytest.mark.parametrize(("path", "body"), [("/api/chat", CHAT), ("/api/generate", GENERATE)])
+async def test_a_prompt_can_be_asked_for_alone(path: str, body: dict[str, Any]) -> None:
+    """One object, never a stream, and nothing is generated."""
+    services = FakeServices()
+    response = await post(services, path, body | {"_debug_render_only": True})
+    assert (response.status_code, response.headers["content-type"]) == (200, JSON)
+    assert response.json()["_debug_info"] == {"rendered_template": "<user>hi"}
+    assert response.json()["done"] is False
+    assert (len(services.requests), services.playbacks) == (1, [])
+
+
+async def test_a_template_that_fails_is_the_server_s_fault() -> None:
+    """As in Ollama, with Go's words."""
+    services = FakeServices()
+    services.refusal = GoTemplateError('template: :1: function "x" not defined')
+    response = await post(services, "/api/generate", GENERATE | {"template": "{{ x }}"})
+    assert (response.status_code, response.json()["error"]) == (500, 'template: :1: function "x" not defined')

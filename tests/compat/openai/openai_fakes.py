@@ -126,6 +126,13 @@ class FakeServices:
         """Never asked for by this dialect."""
         raise NotImplementedError
 
+    async def render(self, request: GenerateRequest) -> str:
+        """Every prompt is the same."""
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        return "<user>hi"
+
     async def load(self, request: GenerateRequest) -> None:
         """Never asked for by this dialect."""
         raise NotImplementedError

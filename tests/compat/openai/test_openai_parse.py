@@ -37,10 +37,10 @@ def chat(*capabilities: str, **body: Any) -> GenerateRequest:
     return parse_chat(decoded, card("m", *capabilities), request_id="req_1", origin=ORIGIN)
 
 
-def completions(**body: Any) -> list[GenerateRequest]:
-    """A completion body, parsed."""
+def completions(*capabilities: str, **body: Any) -> list[GenerateRequest]:
+    """A completion body, parsed for a model with these capabilities."""
     decoded = decode_completion(json.dumps({"model": "m"} | body).encode())
-    return parse_completion(decoded, card("m"), request_id="req_1", origin=ORIGIN)
+    return parse_completion(decoded, card("m", *capabilities), request_id="req_1", origin=ORIGIN)
 
 
 def messages(*bodies: dict[str, Any], capabilities: tuple[str, ...] = ()) -> tuple[Message, ...]:
@@ -656,7 +656,6 @@ def test_each_prompt_is_a_request(prompt: Any, expected: list[tuple[Any, Any]]) 
         ({"logprobs": -1}, "logprobs", "integer_below_min_value"),
         ({"logprobs": 21}, "logprobs", "integer_above_max_value"),
         ({"n_probs": 21}, "n_probs", "integer_above_max_value"),
-        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": 0}, "best_of", "integer_below_min_value"),
         ({"best_of": 9}, "best_of", "integer_above_max_value"),
         ({"best_of": 1, "n": 2}, "best_of", "invalid_value"),
@@ -668,6 +667,16 @@ def test_a_completion_that_cannot_be_honoured_is_refused(body: dict[str, Any], p
     with pytest.raises(BadRequest) as caught:
         completions(**body)
     assert (caught.value.param, caught.value.reason) == (param, reason)
+
+
+def test_a_suffix_is_for_models_that_can_fill_in() -> None:
+    """Text on both sides of the answer; token ids before it are not offered."""
+    (request,) = completions("insert", prompt="a", suffix="b")
+    assert (request.prompt, request.suffix) == ("a", "b")
+    with pytest.raises(UnsupportedCapability, match="does not support insert"):
+        completions(prompt="a", suffix="b")
+    with pytest.raises(BadRequest, match="suffix"):
+        completions("insert", prompt=[1], suffix="b")
 
 
 @pytest.mark.parametrize(
