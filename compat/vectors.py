@@ -15,6 +15,9 @@ import msgspec
 
 from engines.events import Vector
 
+FEW = 16
+"""Vectors that are written in less time than it takes to hand them to another thread."""
+
 _encode = msgspec.json.Encoder().encode
 
 

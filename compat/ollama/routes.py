@@ -45,6 +45,7 @@ from compat.ollama.show import render_show
 from compat.ollama.transport import json_response, report, required, route, with_redirect
 from compat.services import Answer, Services, collect
 from compat.streams import NDJSONResponse, aclose, while_connected
+from compat.vectors import FEW
 from engines.errors import BadRequest, ModelNotFound
 from engines.events import Event, FinishReason
 from engines.model import ModelCard
@@ -168,6 +169,8 @@ class OllamaRoutes:
             embeddings = await while_connected(http.receive, self._services.embed(request))
         except BadRequest as error:
             raise explain_embed(error, truncate=body.truncate) from None
+        if len(embeddings.vectors) <= FEW:
+            return json_response(render_embed(body, embeddings))
         return json_response(await asyncio.to_thread(render_embed, body, embeddings))
 
     async def embeddings(self, http: Request) -> Response:

@@ -46,6 +46,7 @@ from compat.openai.rerank import only_reranker, parse_rerank, parse_score, rende
 from compat.openai.schema import GenerateBody, ModelList
 from compat.services import Answer, Refusal, Services, collect
 from compat.streams import SSEResponse, aclose, sse_frame, while_connected
+from compat.vectors import FEW
 from engines.errors import BadRequest, HeadwaterError
 from engines.events import Event
 from engines.model import ModelCard
@@ -161,10 +162,12 @@ class OpenAIRoutes:
         card = await self._services.find(body.model)
         request = parse_embeddings(body, card, request_id=http.state.request_id, origin=http.state.origin)
         try:
-            vectors = await while_connected(http.receive, self._services.embed(request))
+            embeddings = await while_connected(http.receive, self._services.embed(request))
         except BadRequest as error:
             raise explain_tokens(error) from None
-        return json_response(await asyncio.to_thread(render_embeddings, body, vectors))
+        if len(embeddings.vectors) <= FEW:
+            return json_response(render_embeddings(body, embeddings))
+        return json_response(await asyncio.to_thread(render_embeddings, body, embeddings))
 
     async def rerank(self, http: Request) -> Response:
         """`POST /v1/rerank` and its other names."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import gguf
 import httpx
-import llama_cpp
 import numpy as np
 import ollama
 import openai
 import pytest
-from encoders import CLS, SEP, Encoder, write_encoder
+from encoders import CLS, SEP, VOCABULARY, Encoder, write_encoder
 from serving import Server, serving
 from store_samples import OllamaDirectory
 
@@ -61,13 +63,28 @@ def sdk(server: Server) -> Iterator[openai.OpenAI]:
         yield opened
 
 
-def one_by_one(server: Server, name: str, texts: list[str]) -> list[list[float]]:
-    """llama-cpp-python's own vectors, of one text at a time."""
-    model = llama_cpp.Llama(str(server.root / f"{name}.gguf"), embedding=True, n_ctx=0, n_threads=1, verbose=False)
-    try:
-        return [model.embed(text, normalize=True) for text in texts]
-    finally:
-        model.close()
+REFERENCE = """
+import json, sys, llama_cpp
+path, pooling, inputs = json.loads(sys.stdin.read())
+model = llama_cpp.Llama(path, embedding=True, pooling_type=pooling, n_ctx=0, n_threads=1, verbose=False)
+def pooled(tokens):
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.logits[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 1, 0
+    assert llama_cpp.llama_decode(model.ctx, batch) == 0
+    return llama_cpp.llama_get_embeddings_seq(model.ctx, 0)[0]
+print(json.dumps([model.embed(each, normalize=True) if isinstance(each, str) else pooled(each) for each in inputs]))
+"""
+
+
+def one_by_one(path: Path, inputs: Sequence[str | list[int]], pooling: int = -1) -> list[Any]:
+    """llama-cpp-python's own vectors of texts, or scores of token ids, one at a time, from a process of its own."""
+    asked = json.dumps([str(path), pooling, list(inputs)])
+    program = [sys.executable, "-c", REFERENCE]
+    done = subprocess.run(program, input=asked, stdout=subprocess.PIPE, text=True, check=True, cwd=path.parent)
+    found: list[Any] = json.loads(done.stdout)
+    return found
 
 
 def newest_row(server: Server) -> sqlite3.Row:
@@ -86,7 +103,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> Any:
 def test_vectors_are_those_of_one_text_at_a_time(server: Server, client: Any, name: str) -> None:
     """Sharing a batch changes nothing but the last digits."""
     found = client.embed(name, TEXTS)
-    assert np.allclose(found.embeddings, one_by_one(server, name, TEXTS), atol=2e-3)
+    assert np.allclose(found.embeddings, one_by_one(server.root / f"{name}.gguf", TEXTS), atol=2e-3)
     row = newest_row(server)
     assert (row["prompt_tokens"], row["mode"], row["surface"]) == (
         found.prompt_eval_count,
@@ -186,22 +203,10 @@ def test_documents_are_ranked_by_the_models_own_scores(server: Server) -> None:
         server, "/v1/rerank", {"model": "ranker", "query": "the cat", "documents": documents, "raw_scores": True}
     )
     found = {each["index"]: each["relevance_score"] for each in answer["results"]}
-    model = llama_cpp.Llama(
-        str(server.root / "ranker.gguf"),
-        embedding=True,
-        pooling_type=llama_cpp.LLAMA_POOLING_TYPE_RANK,
-        n_ctx=0,
-        n_threads=1,
-        verbose=False,
-    )
-    try:
-        for index, document in enumerate(documents):
-            plain = [model.tokenize(text.encode(), add_bos=False, special=False) for text in ("the cat", document)]
-            inner = [[token for token in tokens if token not in (CLS, SEP)] for tokens in plain]
-            tokens = [CLS, *inner[0], SEP, *inner[1]]
-            assert found[index] == pytest.approx(score_of(model, tokens), abs=5e-3)
-    finally:
-        model.close()
+    query, *rest = (tokens_of(text) for text in ("the cat", *documents))
+    pairs = [[CLS, *query, SEP, *document] for document in rest]
+    expected = one_by_one(server.root / "ranker.gguf", pairs, pooling=gguf.PoolingType.RANK)
+    assert [found[index] for index in range(len(documents))] == pytest.approx(expected, abs=5e-3)
     scores = [each["relevance_score"] for each in answer["results"]]
     assert scores == sorted(scores, reverse=True)
     row = newest_row(server)
@@ -212,18 +217,9 @@ def test_documents_are_ranked_by_the_models_own_scores(server: Server) -> None:
     )
 
 
-def score_of(model: llama_cpp.Llama, tokens: list[int]) -> float:
-    """The pooled score of one sequence, by llama.cpp's own calls."""
-    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-    try:
-        batch.n_tokens = len(tokens)
-        for position, token in enumerate(tokens):
-            batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
-            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
-        assert llama_cpp.llama_decode(model.ctx, batch) == 0
-        return float(llama_cpp.llama_get_embeddings_seq(model.ctx, 0)[0])
-    finally:
-        llama_cpp.llama_batch_free(batch)
+def tokens_of(text: str) -> list[int]:
+    """The ids of a text whose words are all in the vocabulary."""
+    return [VOCABULARY.index(f"▁{word}") for word in text.split()]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_samples import OllamaDirectory, gguf, small_llama
+from store_samples import OllamaDirectory, gguf, small_llama, tensor
 
 from engines.errors import GGUFParseError, HeadwaterError, InvalidModelName, ModelNotFound
 from engines.request import Message
@@ -349,3 +349,11 @@ def test_threads_may_share_a_catalog(directory: OllamaDirectory, catalog: Catalo
         thread.join()
     assert errors == []
     assert len(catalog.list()) == 51
+
+
+def test_a_reranker_is_told_by_its_head(tmp_path: Path) -> None:
+    """Though its header says nothing of pooling, and its card keeps no other tensor."""
+    directory = OllamaDirectory(tmp_path)
+    weights = gguf({"general.architecture": ("str", "bert")}, [tensor("cls.weight", (4, 2))], bytes(32))
+    directory.model("registry.ollama.ai/library/ranker/latest", [directory.layer("model", weights)])
+    assert Catalog(tmp_path).find("ranker").capabilities == ("rerank",)
