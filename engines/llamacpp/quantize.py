@@ -25,7 +25,8 @@ def main(source: str, target: str, kind: str) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock the interpreter wants when it ends
+        pass
     os._exit(1)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
 
 import httpx
 import msgspec
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _ANSWER_S = 30.0
 _CONNECT_S = 5.0
+_REPORT_S = 0.1
+_UPLOAD_BYTES = 1 << 20
 
 
 class CommandFailed(Exception):
@@ -84,6 +88,29 @@ class Client:
                 _check_line(line)
                 yield msgspec.json.decode(line, type=shape)
 
+    def send(self, method: str, path: str, body: JSON) -> None:
+        """A request whose answer is its status alone."""
+        with self._explained():
+            _check(self._http.request(method, path, json=body, timeout=self._timeout))
+
+    def upload(self, path: str, file: Path) -> Iterator[int]:
+        """Send a file, unless the server has it; how many bytes have gone, again and again until the end."""
+        with self._explained():
+            if self._http.head(path, timeout=self._timeout).is_success:
+                yield file.stat().st_size
+                return
+            with ThreadPoolExecutor(1) as threads, file.open("rb") as content:
+                sending = threads.submit(self._post_file, path, content)
+                while not wait([sending], timeout=_REPORT_S).done:
+                    yield content.tell()
+                _check(sending.result())
+                yield content.tell()
+
+    def _post_file(self, path: str, content: BinaryIO) -> httpx.Response:
+        chunks = iter(lambda: content.read(_UPLOAD_BYTES), b"")
+        length = str(os.fstat(content.fileno()).st_size)
+        return self._http.post(path, content=chunks, headers={"Content-Length": length}, timeout=self._patient)
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
@@ -92,6 +119,8 @@ class Client:
             raise CommandFailed(f"cannot reach Headwater at {self.base_url}; start it with `headwater serve`") from None
         except httpx.TimeoutException:
             raise CommandFailed(f"Headwater at {self.base_url} did not answer in time") from None
+        except OSError as error:
+            raise CommandFailed(f"cannot read {error.filename}: {error.strerror}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise CommandFailed(f"lost the connection to {self.base_url}: {error}") from None
         except msgspec.MsgspecError as error:

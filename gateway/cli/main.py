@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from gateway.cli.client import CommandFailed
+from gateway.cli.create import copy, create, remove
 from gateway.cli.doctor import doctor
 from gateway.cli.models import list_loaded, list_models, show, stop
 from gateway.cli.run import run
@@ -61,6 +62,9 @@ app.command("ps")(list_loaded)
 app.command("show")(show)
 app.command("pull")(pull)
 app.command("push")(push)
+app.command("create")(create)
+app.command("cp")(copy)
+app.command("rm")(remove)
 app.command("stop")(stop)
 app.command("usage")(usage)
 app.command("doctor")(doctor)

@@ -61,7 +61,9 @@ class Description(msgspec.Struct):
     model_info: dict[str, JSON] = {}
     projector_info: dict[str, JSON] | None = None
     capabilities: list[str] | None = None
+    modelfile: str = ""
     parameters: str = ""
+    template: str = ""
     system: str = ""
     license: str = ""
     requires: str = ""
@@ -114,13 +116,35 @@ def complete_model(incomplete: str) -> list[str]:
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=complete_model, help="Name of the model.")]
 
 
-def show(model: ModelName, as_json: AsJSON = False) -> None:
+def show(
+    model: ModelName,
+    license_text: Annotated[bool, typer.Option("--license", help="Show the licence only.")] = False,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Show the Modelfile only.")] = False,
+    parameters: Annotated[bool, typer.Option("--parameters", help="Show the parameters only.")] = False,
+    template: Annotated[bool, typer.Option("--template", help="Show the template only.")] = False,
+    system: Annotated[bool, typer.Option("--system", help="Show the system message only.")] = False,
+    as_json: AsJSON = False,
+) -> None:
     """Show what a model is and can do."""
+    said = {
+        "license": license_text,
+        "modelfile": modelfile,
+        "parameters": parameters,
+        "template": template,
+        "system": system,
+    }
+    wanted = [part for part, is_wanted in said.items() if is_wanted]
+    if len(wanted) > 1:
+        raise CommandFailed(f"only one of {', '.join(f'--{part}' for part in said)} can be specified")
     with connect() as client:
         if as_json:
             print_json(client.post("/api/show", {"model": model}, dict))
             return
-        print_description(client.post("/api/show", {"model": model}, Description))
+        description = client.post("/api/show", {"model": model}, Description)
+    if wanted:
+        typer.echo(human.printable(getattr(description, wanted[0])))
+    else:
+        print_description(description)
 
 
 def stop(model: ModelName) -> None:
