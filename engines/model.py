@@ -28,6 +28,7 @@ class ModelCard:
         capabilities: a subset of completion, tools, insert, vision, embedding, rerank and thinking (`spec/ollama.md`
             section 9).
         namespace: the registry namespace, `library` for official models.
+        renderer, parser: what Ollama has built in for the model's prompts and replies, where its config names it.
     """
 
     name: str
@@ -57,6 +58,8 @@ class ModelCard:
     projectors: tuple[Path, ...] = ()
     capabilities: tuple[str, ...] = ()
     requires: str = ""
+    renderer: str = ""
+    parser: str = ""
 
     @property
     def residency(self) -> str:

@@ -105,6 +105,8 @@ def read_model(models: Path, name: ModelName) -> InstalledModel:
         adapters=tuple(file.path for file in adapters),
         projectors=tuple(file.path for file in projectors),
         requires=config.requires,
+        renderer=config.renderer,
+        parser=config.parser,
     )
     headers = [header for file in weights if (header := header_of(file)) is not None]
     header = merge_parts(headers) if len(headers) == len(weights) else None
