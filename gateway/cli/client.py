@@ -31,11 +31,15 @@ _UPLOAD_BYTES = 1 << 20
 
 
 class CommandFailed(Exception):
-    """A command cannot do its work; the message says why and, where possible, what to do about it."""
+    """A command cannot do its work; the message says why and, where possible, what to do about it.
 
-    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+    `status` is the HTTP status of a refusal, 0 when it was none.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1, status: int = 0) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.status = status
 
 
 class _Refusal(msgspec.Struct):
@@ -157,7 +161,7 @@ def _check(response: httpx.Response) -> None:
         body = response.text.strip()[:200]
         status = f"{response.status_code} {response.reason_phrase}".strip()
         text = f"{response.url} answered {status}" + (f": {body}" if body else "")
-    raise CommandFailed(printable(text))
+    raise CommandFailed(printable(text), status=response.status_code)
 
 
 def _check_line(line: bytes) -> None:

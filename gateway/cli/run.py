@@ -12,6 +12,7 @@ from gateway.cli.client import CommandFailed, connect
 from gateway.cli.interactive import converse
 from gateway.cli.models import ModelName
 from gateway.cli.parameters import BadParameter, parse_assignments
+from gateway.cli.transfer import pull_missing
 
 _INTERRUPTED = 130  # what a shell reports for SIGINT
 
@@ -25,7 +26,7 @@ def run(
     keepalive: Annotated[str | None, typer.Option(help="How long the model stays loaded: 5m, 0, -1.")] = None,
     verbose: Annotated[bool, typer.Option(help="Print statistics after each answer.")] = False,
 ) -> None:
-    """Talk with a model; with PROMPT or piped input, answer once.
+    """Talk with a model, which is pulled first if it is not there; with PROMPT or piped input, answer once.
 
     Piped input comes before PROMPT: `headwater run llama3.2 "Summarise this:" < report.txt`.
     """
@@ -35,6 +36,7 @@ def run(
         raise CommandFailed(f"--option: {error}", exit_code=2) from None
     question = _question(prompt or [])
     with connect() as client:
+        pull_missing(client, model)
         chat = Chat(client, model, system, options, think, _keep_alive(keepalive), verbose)
         if question is None:
             converse(chat)

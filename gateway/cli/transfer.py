@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli.client import CommandFailed, connect
+from engines.request import JSON
+from gateway.cli.client import Client, CommandFailed, connect
 from gateway.cli.models import ModelName
 from gateway.cli.progress import Step, print_steps, show_steps
 
 _INTERRUPTED = 130  # what a shell reports for SIGINT
 
+Show = Callable[[Iterable[Step]], None]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow registries without https or with any certificate.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the server's JSON, one object a line.")]
 
@@ -43,12 +45,26 @@ def push(model: ModelName, insecure: Insecure = False, as_json: AsJSON = False) 
         ) from None
 
 
-def _transfer(path: str, model: str, insecure: bool, show: Callable[[Iterable[Step]], None]) -> None:
+def pull_missing(client: Client, model: str) -> None:
+    """Pull a model that the server does not know. Raises CommandFailed."""
+    try:
+        client.post("/api/show", {"model": model}, dict)
+    except CommandFailed as failure:
+        if failure.status != 404:
+            raise
+        _follow(client, "/api/pull", {"model": model}, show_steps)
+
+
+def _transfer(path: str, model: str, insecure: bool, show: Show) -> None:
     with connect() as client:
-        steps = client.stream(path, {"model": model, "insecure": insecure, "stream": True}, Step)
-        try:
-            show(steps)
-        except KeyboardInterrupt:
-            raise typer.Exit(_INTERRUPTED) from None
-        finally:
-            steps.close()
+        _follow(client, path, {"model": model, "insecure": insecure}, show)
+
+
+def _follow(client: Client, path: str, body: JSON, show: Show) -> None:
+    steps = client.stream(path, body, Step)
+    try:
+        show(steps)
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        steps.close()

@@ -91,6 +91,17 @@ def test_the_base_url_reaches_the_server_from_this_machine(value: str, url: str)
 
 
 VALID: list[tuple[str, str, str, Any]] = [
+    ("OLLAMA_FLASH_ATTENTION", "1", "flash_attention", True),
+    ("OLLAMA_FLASH_ATTENTION", "false", "flash_attention", False),
+    ("OLLAMA_KV_CACHE_TYPE", "Q8_0", "cache_type", "q8_0"),
+    ("HEADWATER_MLOCK", "1", "use_mlock", True),
+    ("HEADWATER_TENSOR_SPLIT", "3, 1.5", "tensor_split", (3.0, 1.5)),
+    ("HEADWATER_MEMORY_LIMIT", "12GiB", "memory_limit_bytes", 12 << 30),
+    ("HEADWATER_MEMORY_LIMIT", "1.5g", "memory_limit_bytes", 3 << 29),
+    ("HEADWATER_MEMORY_LIMIT", "800 MB", "memory_limit_bytes", 800 << 20),
+    ("HEADWATER_MEMORY_LIMIT", "123456", "memory_limit_bytes", 123456),
+    ("HEADWATER_STEP_LIMIT", "10m", "step_limit_s", 600.0),
+    ("HEADWATER_STEP_LIMIT", "-1", "step_limit_s", float("inf")),
     ("OLLAMA_MODELS", "/m", "models", Path("/m")),
     ("OLLAMA_MODELS", "~/m", "models", Path.home() / "m"),
     ("OLLAMA_MODELS", "m", "models", Path.cwd() / "m"),
@@ -109,6 +120,10 @@ VALID: list[tuple[str, str, str, Any]] = [
     ("OLLAMA_MAX_LOADED_MODELS", "0", "max_loaded_models", 3),
     ("OLLAMA_MAX_QUEUE", "1", "max_queue", 1),
     ("OLLAMA_CONTEXT_LENGTH", "8192", "context_length", 8192),
+    ("HEADWATER_REGISTRY_MIRROR", "https://m.lan:5000/v", "registry_mirrors",
+     {"registry.ollama.ai": "https://m.lan:5000/v"}),
+    ("HEADWATER_REGISTRY_MIRROR", "Docker.io=http://a, quay.io=https://b", "registry_mirrors",
+     {"docker.io": "http://a", "quay.io": "https://b"}),
     ("OLLAMA_ORIGINS", "http://a.example,app://*", "origins", ("http://a.example", "app://*")),
     ("HEADWATER_TRUSTED_PROXIES", "10.0.0.0/8, ::1", "trusted_proxies",
      (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))),
@@ -140,6 +155,19 @@ def test_an_empty_variable_is_an_unset_one(value: str) -> None:
 
 
 INVALID = [
+    ("HEADWATER_REGISTRY_MIRROR", "mirror.lan"),
+    ("HEADWATER_REGISTRY_MIRROR", "ftp://mirror.lan"),
+    ("HEADWATER_REGISTRY_MIRROR", "=https://mirror.lan"),
+    ("HEADWATER_REGISTRY_MIRROR", "https://user:password@mirror.lan"),
+    ("OLLAMA_KV_CACHE_TYPE", "q5_1"),
+    ("HEADWATER_TENSOR_SPLIT", "1,two"),
+    ("HEADWATER_TENSOR_SPLIT", "-1,2"),
+    ("HEADWATER_TENSOR_SPLIT", "0,0"),
+    ("HEADWATER_TENSOR_SPLIT", "inf"),
+    ("HEADWATER_MEMORY_LIMIT", "lots"),
+    ("HEADWATER_MEMORY_LIMIT", "-1"),
+    ("HEADWATER_MEMORY_LIMIT", "9" * 400),
+    ("HEADWATER_STEP_LIMIT", "soon"),
     ("OLLAMA_HOST", "1.2.3.4:port"),
     ("OLLAMA_HOST", "1.2.3.4:99999"),
     ("OLLAMA_HOST", "1.2.3.4:-1"),
@@ -173,6 +201,13 @@ def test_a_bad_value_names_variable_value_and_what_is_accepted(variable: str, va
     assert (refusal.value.variable, refusal.value.value) == (variable, value)
     assert str(refusal.value) == f"{variable}={value!r} is not valid: expected {refusal.value.accepted}"
     assert refusal.value.accepted
+
+
+def test_quantized_caches_need_flash_attention() -> None:
+    """Which the refusal says."""
+    assert read(OLLAMA_KV_CACHE_TYPE="q4_0", OLLAMA_FLASH_ATTENTION="1").cache_type == "q4_0"
+    with pytest.raises(SettingsError, match="not with OLLAMA_FLASH_ATTENTION=0"):
+        read(OLLAMA_KV_CACHE_TYPE="q4_0", OLLAMA_FLASH_ATTENTION="0")
 
 
 @given(st.sampled_from(sorted({variable for variable, _ in INVALID})), st.text(st.characters(exclude_characters="\0")))
