@@ -130,10 +130,11 @@ class Creator:
             inherited = read_config(models, manifest)
         except FileNotFoundError:
             raise ModelNotFound(base) from None
-        pieces = []
-        for layer in manifest.layers:
-            piece = bench.reuse(layer.digest, layer.media_type, name.display, layer.name)
-            pieces.append(bench.open(piece) if layer.kind in _GGUF_KINDS else piece)
+        try:
+            pieces = [bench.reuse(each.digest, each.media_type, name.display, each.name) for each in manifest.layers]
+        except BadRequest:  # a blob is missing, or the model is just being deleted
+            raise ModelNotFound(base) from None
+        pieces = [bench.open(piece) if piece.layer.kind in _GGUF_KINDS else piece for piece in pieces]
         return pieces, msgspec.structs.replace(
             config,
             model_format=inherited.model_format,
