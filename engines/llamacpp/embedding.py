@@ -52,7 +52,10 @@ T = TypeVar("T")
 DEFAULT_NUM_CTX = 4096
 MAX_SEQUENCES = 256  # llama-cparams.h LLAMA_MAX_SEQ
 MAX_RECURRENT_SEQUENCES = 8  # each has a state of its own
-FILL, MIN_FILL = 512, 128
+FILL, MIN_FILL = 256, 128
+"""Tokens of a batch. On a CPU a token costs the least from some 160 on and more again past 512; a step should be short,
+because whoever comes meanwhile waits for it."""
+
 SHORT_TEXT = 2000
 """Characters that take less time to tokenize, some 0.2 ms, than to hand to another thread and back."""
 

@@ -3,8 +3,7 @@
 One step is one batch, filled with whole inputs of every request that waits, the first class first and within a class
 one input of each request in turn, so that a long list does not hold up a short one. Nothing is padded: llama.cpp takes
 inputs of any length side by side. Its surprise: a batch is kept small (`fill`), because attention looks at every pair
-of tokens of a batch, those of different inputs too, only to mask them; past some 512 tokens that costs more than a
-larger batch saves.
+of tokens of a batch, those of different inputs too, only to mask them, which costs more than a larger batch saves.
 """
 
 from __future__ import annotations
