@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -250,7 +251,7 @@ class Script:
 
 
 @asynccontextmanager
-async def scripted(answer: Answering) -> AsyncIterator[Script]:
+async def scripted(answer: Answering, tls: ssl.SSLContext | None = None) -> AsyncIterator[Script]:
     """A server that hands every request to `answer`, one a connection."""
     script = Script()
     running: set[asyncio.Task[Any]] = set()
@@ -276,7 +277,7 @@ async def scripted(answer: Answering) -> AsyncIterator[Script]:
             running.discard(task)
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=1 << 20)
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=1 << 20, ssl=tls)
     script.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield script

@@ -270,7 +270,7 @@ async def test_redirects_in_a_circle_end(tmp_path: Path) -> None:
     assert num_asked == 11
 
 
-@pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://["])
+@pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "file:///etc/passwd"])
 async def test_redirects_to_nowhere_are_refused(tmp_path: Path, location: str) -> None:
     """Only http and https are followed."""
 

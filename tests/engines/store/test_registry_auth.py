@@ -16,10 +16,12 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from hypothesis import given
 from hypothesis import strategies as st
 from registries import PASSWORD, Asked, Shelf, docker_login, pulled, reply, scripted, transfers
+from token_server import certificate_of_nobody
 
 from engines.errors import RegistryDenied, RegistryError
 from engines.store.credentials import Credentials, docker_config_path, find_credentials
 from engines.store.names import ModelName
+from engines.store.registry import make_client
 from engines.store.registry_auth import Challenge, parse_challenges
 from engines.store.registry_keys import sign
 
@@ -274,3 +276,38 @@ def test_ssh_keygens_keys_are_good(tmp_path: Path) -> None:
                 sign(path, "text")
         else:
             assert sign(path, "text").partition(":")[0] in path.with_suffix(".pub").read_text()
+
+
+async def test_a_certificate_of_nobody_is_good_enough_only_where_that_is_allowed(tmp_path: Path) -> None:
+    """`insecure` takes https with any certificate before it takes http; without it the pull fails."""
+    tls = certificate_of_nobody(tmp_path)
+    async with scripted(Shelf(b"weights").answer, tls) as server, transfers(tmp_path) as mine:
+        name = ModelName(server.address, "library", "m", "latest")
+        with pytest.raises(RegistryError, match="certificate verify failed"):
+            await pulled(mine, name, insecure=False)
+        assert server.asked == []
+        await pulled(mine, name)
+
+
+async def test_a_redirect_from_https_to_http_is_refused_unless_http_is_allowed(tmp_path: Path) -> None:
+    """Nobody on the way gets to see what was to be secret."""
+    shelf = Shelf(b"weights")
+
+    async def store(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        shelf.send_blob(asked, writer, shelf.blobs[asked.target.rpartition("/")[2]])
+
+    async with scripted(store) as storage:
+
+        async def answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
+            if "/blobs/" in asked.target:
+                return reply(writer, 307, location=f"http://{storage.address}/{asked.target.rpartition('/')[2]}")
+            return await shelf.answer(asked, writer)
+
+        tls = certificate_of_nobody(tmp_path)
+        async with scripted(answer, tls) as server, transfers(tmp_path) as mine:
+            name = ModelName(server.address, "library", "m", "latest")
+            mine._clients[False] = make_client("ollama/0", verify=False)  # as if an authority had signed it
+            with pytest.raises(RegistryError, match="where we do not go"):
+                await pulled(mine, name, insecure=False)
+            assert storage.asked == []
+            await pulled(mine, name)

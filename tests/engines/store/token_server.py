@@ -1,10 +1,11 @@
-"""A token server for tests: Docker's token authentication as a registry trusts it."""
+"""Keys and certificates for tests: Docker's token authentication as a registry trusts it, and TLS as nobody does."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import json
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -12,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from registries import PASSWORD, Asked, reply
 
@@ -53,6 +54,19 @@ class TokenServer:
         signed = ".".join(_base64url(json.dumps(part).encode()) for part in (head, body))
         r, s = utils.decode_dss_signature(self._key.sign(signed.encode(), ec.ECDSA(SHA256())))
         return f"{signed}.{_base64url(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
+
+
+def certificate_of_nobody(directory: Path) -> ssl.SSLContext:
+    """TLS for a server whose certificate no authority has signed."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = directory / "nobody.pem"
+    pem.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        + _self_signed(key).public_bytes(Encoding.PEM)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    return context
 
 
 def _base64url(data: bytes) -> str:
