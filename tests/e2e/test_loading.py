@@ -11,10 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
 import httpx
 import pytest
-from random_models import SHAPES, write_model
+from random_models import SHAPES, split_model, write_model
 
 from engines.backend import BackendConfiguration
 from engines.errors import ModelLoadFailed
@@ -132,37 +131,9 @@ async def test_an_adapter_for_another_model_is_a_failed_load(tmp_path: Path, soc
             pass
 
 
-def split(path: Path, folder: Path, count: int) -> tuple[Path, ...]:
-    """A model as so many files, under names that say nothing of their order."""
-    whole = gguf.GGUFReader(path)
-    parts = []
-    tensors = whole.tensors
-    for number in range(count):
-        part = folder / f"sha256-{(number * 7 + 3) % 10}"
-        writer = gguf.GGUFWriter(part, "llama")
-        if number == 0:
-            for field in whole.fields.values():
-                if field.name.startswith("GGUF.") or field.name == "general.architecture":
-                    continue
-                kind = field.types[0]
-                sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(field.name, field.contents(), kind, sub_type)
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", count)
-        writer.add_int32("split.tensors.count", len(tensors))
-        for tensor in tensors[number * len(tensors) // count : (number + 1) * len(tensors) // count]:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        parts.append(part)
-    return tuple(parts)
-
-
 async def test_a_model_in_parts_is_one_model(tmp_path: Path, socket: Path) -> None:
     """Whatever its files are called; and it takes what it takes in one file."""
-    parts = split(DEMO, tmp_path, 3)
+    parts = split_model(DEMO, tmp_path, 3)
     whole = await at(DEMO).required_memory(DIGEST)
     needed = await at(parts[0]).required_memory(DIGEST, BackendConfiguration(parts=parts))
     assert needed.ram_bytes == pytest.approx(whole.ram_bytes, rel=0.01)
@@ -172,7 +143,7 @@ async def test_a_model_in_parts_is_one_model(tmp_path: Path, socket: Path) -> No
 
 async def test_a_part_alone_is_a_failed_load(tmp_path: Path, socket: Path) -> None:
     """The others are missing."""
-    parts = split(DEMO, tmp_path, 3)
+    parts = split_model(DEMO, tmp_path, 3)
     with pytest.raises(ModelLoadFailed, match="could not load"):
         async with running(at(parts[0]), socket):
             pass

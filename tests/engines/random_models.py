@@ -195,3 +195,31 @@ class _Writer:
             self.matrix(f"{block}attn_v_b", shape.num_heads, plain, rank)
             self.matrix(f"{block}attn_output", shape.num_embd, shape.num_heads * plain)
             self.feed_forward(block)
+
+
+def split_model(path: Path, folder: Path, count: int) -> tuple[Path, ...]:
+    """A model as so many files, under names that say nothing of their order."""
+    whole = gguf.GGUFReader(path)
+    parts = []
+    tensors = whole.tensors
+    for number in range(count):
+        part = folder / f"sha256-{(number * 7 + 3) % 10}"
+        writer = gguf.GGUFWriter(part, "llama")
+        if number == 0:
+            for field in whole.fields.values():
+                if field.name.startswith("GGUF.") or field.name == "general.architecture":
+                    continue
+                kind = field.types[0]
+                sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), kind, sub_type)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in tensors[number * len(tensors) // count : (number + 1) * len(tensors) // count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    return tuple(parts)
