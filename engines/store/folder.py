@@ -30,7 +30,7 @@ MAX_FILES = 10_000
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 _QUANTIZATION = re.compile(r"[-._](?:(?:i?q|tq)\d\w*|b?f16|f32|mxfp4\w*)$", re.IGNORECASE)
-_FORBIDDEN = re.compile(r"[^A-Za-z0-9_.-]+")
+_FORBIDDEN = re.compile(r"-*[^A-Za-z0-9_.-]+-*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,7 @@ def test_quantizing(store: Store) -> None:
     assert read_config(store.directory.root, store.manifest()).file_type == "Q8_0"
     store.create(files={"x.gguf": half}, quantize="f16")
     assert store.manifest().layers[0].digest == half
-    store.create(files={"x.gguf": full}, quantize="Q4_K")
+    store.create("other", files={"x.gguf": full}, quantize="Q4_K")
     assert [kind for _, kind in store.rewrites] == ["Q8_0", "Q4_K_M"]
     for fields, message in (
         ({"base": "base", "quantize": "q8_0"}, "quantization is only supported for F16, BF16 and F32 models"),
