@@ -27,6 +27,7 @@ from engines.store.gguf import GGUFHeader, merge_parts, read_header
 
 _EXIT_LOAD_FAILED, _LOAD_ERROR_PREFIX = 3, "load failed: "  # engines.worker
 _EXIT_HUNG, _HUNG_PREFIX = 5, "watchdog: "  # engines.watchdog
+_ACCELERATOR = re.compile(r"ggml-(?:cuda|hip|musa|vulkan|sycl|cann)")
 _OUT_OF_MEMORY = re.compile(
     r"(?:unable|failed) to allocate|cannot allocate memory|bad_alloc|not be enough memory", re.I
 )
@@ -81,11 +82,26 @@ class LlamaCppBackend(Backend):
         return f"Running: llama.cpp (llama-cpp-python {importlib.metadata.version('llama-cpp-python')})"
 
     async def required_memory(self, model: str, config: BackendConfiguration | None = None) -> RequiredMemory:
-        """Weights, cache, compute buffers and the process, from the file's header; see `engines.llamacpp.memory`."""
+        """Weights, cache, compute buffers and the process, from the file's header; see `engines.llamacpp.memory`.
+
+        What an accelerator takes is told apart where the library was built for one that has memory of its own.
+        """
         config = config or BackendConfiguration()
         paths = config.parts or (self._locate(model),)
         header = await asyncio.to_thread(lambda: merge_parts([_header(p, p.stat().st_mtime_ns) for p in paths]))
-        return RequiredMemory(ram_bytes=estimate(header, _load_config(config)).total_bytes, vram_bytes=0)
+        load_config = _load_config(config)
+        need = estimate(header, load_config)
+        num_layers = header.count("block_count")
+        vram_bytes = need.offloaded_bytes(num_layers, load_config.gpu_layers) if _has_accelerator() else 0
+        return RequiredMemory(ram_bytes=need.total_bytes - vram_bytes, vram_bytes=vram_bytes)
+
+
+@lru_cache(maxsize=1)
+def _has_accelerator() -> bool:
+    """Whether the installed llama.cpp may use one with memory of its own; Apple's shares the machine's."""
+    spec = importlib.util.find_spec("llama_cpp")
+    folders = map(Path, spec.submodule_search_locations or ()) if spec else ()
+    return any(_ACCELERATOR.search(file.name) for folder in folders for file in (folder / "lib").glob("*ggml*"))
 
 
 @lru_cache(maxsize=64)

@@ -37,9 +37,19 @@ class MemoryNeed:
     process_bytes: int
 
     @property
+    def model_bytes(self) -> int:
+        """All but the process, which is what can be on an accelerator."""
+        return self.weights_bytes + self.cache_bytes + self.compute_bytes
+
+    @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.process_bytes
+        return self.model_bytes + self.process_bytes
+
+    def offloaded_bytes(self, num_layers: int, gpu_layers: int) -> int:
+        """What goes to accelerators that take so many layers, a negative number being all; each layer counts alike."""
+        share = 1.0 if gpu_layers < 0 else min(gpu_layers / (num_layers + 1), 1.0)  # the output is one more
+        return int(self.model_bytes * share)
 
 
 def estimate(header: GGUFHeader, config: LoadConfig) -> MemoryNeed:

@@ -124,6 +124,15 @@ def test_without_flash_attention_the_scores_are_kept() -> None:
     assert off.compute_bytes - on.compute_bytes > 512 * 8192 * 4 * 4
 
 
+def test_accelerators_take_their_share_of_the_model() -> None:
+    """All of it, none, or so many layers; the process stays where it is."""
+    need = estimate(header(), CONFIG)
+    assert [need.offloaded_bytes(3, layers) for layers in (-1, 0, 4, 99)] == [
+        need.model_bytes, 0, need.model_bytes, need.model_bytes,
+    ]  # fmt: skip
+    assert need.offloaded_bytes(3, 1) == need.model_bytes // 4
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(
     ("flash_attention", "cache_type", "number"),
