@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from engines.errors import BadRequest, ModelNotFound, TemplateError
 from engines.library import CreateRequest, Progress
 from engines.request import JSON
-from engines.store.blobs import DIGEST_PATTERN, blob_path, read_bounded
+from engines.store.blobs import DIGEST_PATTERN, StoreNotWritable, blob_path, read_bounded
 from engines.store.describe import default_stop, with_info, with_weights
 from engines.store.gguf import GGUFHeader
 from engines.store.gojson import encode_json
@@ -82,7 +83,8 @@ class Creator:
             with self._writer.holds.holding() as hold:
                 self._make(Workbench(self._writer.models, hold, report, self._rewrite, made), request)
         except BaseException:
-            self._writer.discard(made)
+            with suppress(StoreNotWritable):  # what went wrong first is what counts
+                self._writer.discard(made)
             raise
         report(Progress("success"))
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import psutil
 import pytest
 from random_models import Shape, write_model
@@ -104,3 +105,40 @@ def test_create_quantizes(half: Path, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         creator.run(CreateRequest(name="other", files={"half.gguf": blob.digest}, quantize="q8_0"), leave)
     assert sorted(path.name for path in (tmp_path / "blobs").iterdir()) == before
+
+
+def write_part(whole: gguf.GGUFReader, path: Path, number: int, count: int) -> None:
+    """One part of a split model, as llama.cpp's own splitter writes it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in whole.fields.values() if number == 0 else ():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    writer.add_uint16("split.no", number)
+    writer.add_uint16("split.count", count)
+    writer.add_int32("split.tensors.count", len(whole.tensors))
+    share = len(whole.tensors) // count + 1
+    for tensor in whole.tensors[number * share : (number + 1) * share]:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_create_merges_what_is_split(half: Path, tmp_path: Path) -> None:
+    """Parts of uploaded models become one file with every tensor, which Ollama could go on with."""
+    whole, files = gguf.GGUFReader(half), {}
+    for number in range(3):
+        part = tmp_path / f"m-{number + 1:05}-of-00003.gguf"
+        write_part(whole, part, number, 3)
+        with BlobWriter(tmp_path) as blob:
+            blob.write(part.read_bytes())
+            blob.publish()
+        files[f"sub/{part.name}"] = blob.digest
+    creator = Creator(StoreWriter(tmp_path), rewrite=rewrite, check_template=lambda text: None)
+    creator.run(CreateRequest(name="whole", files=files), lambda progress: None)
+    card = Catalog(tmp_path).find("whole")
+    merged = read_header(card.weights)
+    assert {tensor.name for tensor in merged.tensors} == {tensor.name for tensor in whole.tensors}
+    assert (card.weight_parts, merged.num_parameters) == ((), read_header(half).num_parameters)

@@ -111,7 +111,7 @@ class CLIServer:
         self.requests: list[tuple[str, Any]] = []
         self.headers: list[Headers] = []
         self.address = ""
-        self.app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])])
+        self.app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "HEAD", "POST", "DELETE"])])
 
     def bodies(self, path: str) -> list[Any]:
         """What was sent to `path`, in order."""
@@ -120,7 +120,7 @@ class CLIServer:
     async def _answer(self, http: Request) -> Response:
         path = http.url.path
         body = await http.body()
-        sent = json.loads(body) if body else dict(http.query_params)
+        sent: Any = body if path.startswith("/api/blobs/") else json.loads(body) if body else dict(http.query_params)
         self.requests.append((path, sent))
         self.headers.append(http.headers)
         if path == "/api/chat" and path not in self.answers:
