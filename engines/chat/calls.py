@@ -1,8 +1,8 @@
 """Tool calls in the replies of models whose template alone says how they look (`spec/ollama.md` section 8.6).
 
 After the tag that the template writes before a call, the first name of a tool that was offered and the first JSON
-object make a call, in whatever else there is around them. Text is looked at once, however it is cut. The surprise: a tag
-that is a mere brace means that a reply either is a call from its first character or has none.
+object make a call, in whatever else there is around them. Text is looked at once, however it is cut. The surprise: a
+tag that is a mere brace means that a reply either is a call from its first character or has none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CallFinder:
         self._tag = tag
         self._is_bare = tag in ("{", "[")
         self._longest = max(map(len, names))
-        self._beginnings = {name[:end] for name in names for end in range(1, len(name))} - set(names)
+        self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
         self._name = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         self._state = "text"
         self._num_calls = 0
@@ -93,7 +93,8 @@ class CallFinder:
         while (call := self._call(is_over=is_over)) is not None:
             calls.append(call)
             self._num_calls += 1
-        if self._is_bare and self._is_whole and not self._num_calls:
+        waits = self._objects and not is_over and self._may_grow()  # for the rest of a name
+        if self._is_bare and self._is_whole and not self._num_calls and not waits:
             self._state = "none"
             calls.append(self._buffer)
             self._buffer = ""
@@ -105,7 +106,10 @@ class CallFinder:
         if not self._objects:
             return None
         self._look()
-        if self._named is None or (not is_over and self._may_grow()):
+        if self._named is None:
+            return None
+        if not is_over and self._may_grow():
+            self._looked, self._named = self._named.start() + self._longest, None
             return None
         end, value = self._objects[0]
         name = self._named[0]

@@ -130,7 +130,7 @@ def _message(message: Message) -> Struct:
 
 def _call(index: int, call: ToolCall) -> Struct:
     arguments = call.arguments if isinstance(call.arguments, dict) else {"input": call.arguments}
-    values = Arguments({name: _value(value) for name, value in arguments.items()})
+    values = Arguments({name: from_json(value) for name, value in arguments.items()})
     return Struct(TOOL_CALL, {"ID": call.id, "Function": Struct(CALLED, _called(index, call.name, values))})
 
 
@@ -150,8 +150,8 @@ def _parameters(schema: Mapping[str, JSON]) -> Struct:
         PARAMETERS,
         {
             "Type": schema.get("type") if isinstance(schema.get("type"), str) else "",
-            "Defs": _value(schema.get("$defs")),
-            "Items": _value(schema.get("items")),
+            "Defs": from_json(schema.get("$defs")),
+            "Items": from_json(schema.get("items")),
             "Required": _strings(schema.get("required")),
             "Properties": properties,
         },
@@ -172,9 +172,9 @@ def _property(schema: JSON) -> Struct:
         {
             "AnyOf": Slice([_property(each) for each in _list(any_of)], "[]api.ToolProperty"),
             "Type": PropertyType([kinds] if isinstance(kinds, str) else list(_strings(kinds))),
-            "Items": _value(schema.get("items")),
+            "Items": from_json(schema.get("items")),
             "Description": str(schema.get("description") or ""),
-            "Enum": _value(_list(enum)),
+            "Enum": from_json(_list(enum)),
             "Properties": NestedProperties(_properties(schema)),
             "Required": _strings(schema.get("required")),
         },
@@ -189,12 +189,13 @@ def _strings(value: JSON) -> Slice:
     return Slice([item for item in _list(value) if isinstance(item, str)], "[]string")
 
 
-def _value(value: JSON) -> Value:
+def from_json(value: JSON) -> Value:
+    """A value out of JSON as Go has it."""
     match value:
         case dict():
-            return {name: _value(item) for name, item in value.items()}
+            return {name: from_json(item) for name, item in value.items()}
         case list():
-            return Slice([_value(item) for item in value])
+            return Slice([from_json(item) for item in value])
         case bool():
             return value
         case int() if abs(value) <= 2**53:

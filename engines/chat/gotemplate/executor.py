@@ -6,6 +6,7 @@ quotes the node, in Go's words, because template authors search for them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Final, NoReturn
@@ -66,8 +67,11 @@ def execute(
     """The text of a template.
 
     Args:
-        trees: what `parser.parse` made of `source`. data: what `.` and `$` are at the start.
-        now: the clock behind the dates. root: walked instead of the tree without a name.
+        trees: what `parser.parse` made of the source.
+        data: what `.` and `$` are at the start.
+        source: the text itself, for errors.
+        now: the clock behind the dates.
+        root: walked instead of the tree without a name.
 
     Raises:
         GoTemplateError: the template does not go with the data. TemplateError: it exceeded its limits.
@@ -110,13 +114,13 @@ class _Execution:
         self._variables = [("$", data)]
         self._walk_list(data, tree)
 
-    def _fail(self, message: str) -> NoReturn:
+    def _failure(self, message: str) -> GoTemplateError:
         position = self._node.position
         before = self._source[:position]
         line = before.count("\n") + 1
         column = len(as_bytes(before[before.rfind("\n") + 1 :]))
         where = f":{line}:{column}: executing {quote(self._name)} at <{str(self._node)[:_MAX_QUOTED]}>"
-        raise GoTemplateError(f"template: {where}: {message}")
+        return GoTemplateError(f"template: {where}: {message}")
 
     def _write(self, text: str) -> None:
         self._num_written += len(text)
@@ -180,10 +184,10 @@ class _Execution:
         """Walk the body for each element; whether there was one."""
         match value:
             case bool() | str() | float() | complex() | Struct():
-                self._fail(f"range can't iterate over {text_of(value)}")
+                raise self._failure(f"range can't iterate over {text_of(value)}")
             case int():
                 if len(node.pipe.variables) > 1:
-                    self._fail(f"can't use {value} to iterate over more than one variable")
+                    raise self._failure(f"can't use {value} to iterate over more than one variable")
                 for number in range(value):
                     self._turn(node, INVALID, number)
                 return value > 0
@@ -208,19 +212,17 @@ class _Execution:
                 else:
                     self._variables[place - len(values)] = (variable.names[0], value)
         num_variables = len(self._variables)
-        try:
+        with contextlib.suppress(_Continue):
             self._walk_list(element, node.body)
-        except _Continue:
-            pass
         del self._variables[num_variables:]
 
     def _walk_call(self, dot: Value, node: Node) -> None:
         assert isinstance(node, Call)
         tree = self._trees.get(node.name)
         if tree is None:
-            self._fail(f"template {node.quoted} not defined")
+            raise self._failure(f"template {node.quoted} not defined")
         if self._num_calls == MAX_CALLS:
-            self._fail(f"exceeded maximum template depth ({MAX_CALLS})")
+            raise self._failure(f"exceeded maximum template depth ({MAX_CALLS})")
         self._meter.tick()
         dot = INVALID if node.pipe is None else self._pipe(dot, node.pipe)
         saved = self._variables, self._name
@@ -253,7 +255,7 @@ class _Execution:
             if self._variables[place][0] == name:
                 self._variables[place] = (name, value)
                 return
-        self._fail(f"undefined variable: {name}")
+        raise self._failure(f"undefined variable: {name}")
 
     def _command(self, dot: Value, command: Command, final: Value) -> Value:
         first = command.args[0]
@@ -266,14 +268,14 @@ class _Execution:
         if not isinstance(first, Pipe):
             self._node = first
         if has_args:
-            self._fail(f"can't give argument to non-function {first}")
+            raise self._failure(f"can't give argument to non-function {first}")
         match first:
             case Pipe():
                 return self._pipe(dot, first)
             case Dot():
                 return dot
             case Nil():
-                self._fail("nil is not a command")
+                raise self._failure("nil is not a command")
         return self._constant(first)
 
     def _constant(self, node: Node) -> Value:
@@ -285,9 +287,9 @@ class _Execution:
                 return node.text
             case Number():
                 if node.value is None:
-                    self._fail(f"{node.text} overflows int")
+                    raise self._failure(f"{node.text} overflows int")
                 return node.value
-        self._fail(f"can't evaluate command {quote(str(node))}")
+        raise self._failure(f"can't evaluate command {quote(str(node))}")
 
     def _fields(self, dot: Value, node: Field | Chain | Variable, first: Node, *, has_args: bool) -> Value:
         """A field of a field; only the last may seem to have arguments, and none can."""
@@ -298,10 +300,10 @@ class _Execution:
             case Variable():
                 value, names = self._variable(node.names[0]), node.names[1:]
                 if not names and has_args:
-                    self._fail(f"can't give argument to non-function {first}")
+                    raise self._failure(f"can't give argument to non-function {first}")
             case Chain():
                 if isinstance(node.node, Nil):
-                    self._fail(f"indirection through explicit nil in {node}")
+                    raise self._failure(f"indirection through explicit nil in {node}")
                 value, names = self._argument(dot, "value", node.node), node.names
         is_dynamic = False
         for place, name in enumerate(names, 1):
@@ -314,25 +316,25 @@ class _Execution:
         for known, value in reversed(self._variables):
             if known == name:
                 return value
-        self._fail(f"undefined variable: {name}")
+        raise self._failure(f"undefined variable: {name}")
 
     def _field(self, owner: Value, name: str, *, has_args: bool, is_dynamic: bool) -> Value:
         """`owner.name`; the type of what comes out of a map is not known to Go, which shows in its errors."""
         match owner:
             case None:
-                self._fail(f"nil pointer evaluating interface {{}}.{name}")
+                raise self._failure(f"nil pointer evaluating interface {{}}.{name}")
             case Struct() if name in owner.values:
                 if has_args:
-                    self._fail(f"{name} has arguments but cannot be invoked as function")
+                    raise self._failure(f"{name} has arguments but cannot be invoked as function")
                 return owner.values[name]
             case dict():
                 if has_args:
-                    self._fail(f"{name} is not a method but has arguments")
+                    raise self._failure(f"{name} is not a method but has arguments")
                 return owner.get(name, owner.zero if isinstance(owner, Map) else None)
         if owner is INVALID:
             return INVALID
         kind = "interface {}" if is_dynamic else type_name(owner)
-        self._fail(f"can't evaluate field {name} in type {kind}")
+        raise self._failure(f"can't evaluate field {name} in type {kind}")
 
     def _function(
         self, dot: Value, identifier: Identifier, node: Node, args: Sequence[Node], final: Value = _MISSING
@@ -350,7 +352,7 @@ class _Execution:
             return function.run(*values)
         except FunctionError as error:
             self._node = node
-            self._fail(f"error calling {name}: {error}")
+            raise self._failure(f"error calling {name}: {error}") from None
 
     def _arguments(self, dot: Value, name: str, function: Function, args: Sequence[Node], final: Value) -> list[Value]:
         """The arguments and, behind them, what the pipeline passes on."""
@@ -365,9 +367,9 @@ class _Execution:
 
     def _count(self, name: str, num_fixed: int, takes_more: bool, num_args: int, num_values: int) -> None:
         if takes_more and num_values < num_fixed:
-            self._fail(f"wrong number of args for {name}: want at least {num_fixed} got {num_args}")
+            raise self._failure(f"wrong number of args for {name}: want at least {num_fixed} got {num_args}")
         if not takes_more and num_values != num_fixed:
-            self._fail(f"wrong number of args for {name}: want {num_fixed} got {num_values}")
+            raise self._failure(f"wrong number of args for {name}: want {num_fixed} got {num_values}")
 
     def _logic(self, dot: Value, name: str, args: Sequence[Node], final: Value) -> Value:
         """The operand that decides; those behind it are not evaluated."""
@@ -386,8 +388,10 @@ class _Execution:
         value = values[0] if values else final
         self._node = node
         if value is None or value is INVALID:
-            self._fail("error calling call: call of nil")
-        self._fail(f"error calling call: non-function {args[0] if args else text_of(final)} of type {type_name(value)}")
+            raise self._failure("error calling call: call of nil")
+        raise self._failure(
+            f"error calling call: non-function {args[0] if args else text_of(final)} of type {type_name(value)}"
+        )
 
     def _argument(self, dot: Value, kind: Kind, node: Node) -> Value:
         self._node = node
@@ -396,7 +400,7 @@ class _Execution:
                 return self._checked(dot, kind)
             case Nil():
                 if kind == "string":
-                    self._fail("cannot assign nil to string")
+                    raise self._failure("cannot assign nil to string")
                 return None if kind == "any" else INVALID
             case Field() | Variable() | Chain():
                 return self._checked(self._fields(dot, node, node, has_args=False), kind)
@@ -405,7 +409,7 @@ class _Execution:
             case Identifier():
                 return self._checked(self._function(dot, node, node, ()), kind)
         if kind == "string" and not isinstance(node, String):
-            self._fail(f"expected string; found {node}")
+            raise self._failure(f"expected string; found {node}")
         return self._constant(node)
 
     def _checked(self, value: Value, kind: Kind) -> Value:
@@ -414,7 +418,7 @@ class _Execution:
             return None
         if kind == "string":
             if value is INVALID:
-                self._fail("invalid value; expected string")
+                raise self._failure("invalid value; expected string")
             if not isinstance(value, str):
-                self._fail(f"wrong type for value; expected string; got {type_name(value)}")
+                raise self._failure(f"wrong type for value; expected string; got {type_name(value)}")
         return value

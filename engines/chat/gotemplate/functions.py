@@ -14,7 +14,7 @@ from typing import Literal
 from urllib.parse import quote_plus
 
 from engines.chat.gotemplate.gojson import encode
-from engines.chat.gotemplate.printing import Spend, sprint, sprintf, sprintln, text_of
+from engines.chat.gotemplate.printing import Spend, sprint, sprintf, sprintln
 from engines.chat.gotemplate.quoting import as_bytes, as_text
 from engines.chat.gotemplate.values import (
     INVALID,
@@ -51,7 +51,8 @@ def make_functions(now: Callable[[], datetime], spend: Spend) -> dict[str, Funct
     """Every function by its name, for one render.
 
     Args:
-        now: the clock behind the dates. spend: told how much is about to be built.
+        now: the clock behind the dates.
+        spend: told how much is about to be built.
     """
 
     def printf(layout: str, *values: Value) -> str:
@@ -123,11 +124,23 @@ def _are_equal(left: Value, right: Value) -> bool:
         raise FunctionError(f"incompatible types for comparison: {type_name(left)} and {type_name(right)}")
     if kind:
         return bool(left == right)
+    if not _is_nothing(left) and not _is_nothing(right) and _composite(left) is not _composite(right):
+        one, other = (sprintf("%s", [value], _unmetered) for value in (left, right))
+        raise FunctionError(f"non-comparable types {one}: {type_name(left)}, {type_name(right)}: {other}")
     if is_nil(left) or is_nil(right):
         return is_nil(left) and is_nil(right)
     if not isinstance(right, Struct) or not right.type.name.startswith("*"):
-        raise FunctionError(f"non-comparable type {text_of(right)}: {type_name(right)}")
+        raise FunctionError(f"non-comparable type {sprintf('%s', [right], _unmetered)}: {type_name(right)}")
     return left is right
+
+
+def _unmetered(size: int) -> None:
+    """For texts of errors, which end the render."""
+
+
+def _composite(value: Value) -> type:
+    """Go's other kinds: a map, a struct or a list."""
+    return next((kind for kind in (dict, Struct) if isinstance(value, kind)), Slice)
 
 
 def _is_nothing(value: Value) -> bool:

@@ -8,7 +8,7 @@ import math
 import re
 from decimal import Decimal
 
-from engines.chat.gotemplate.values import INVALID, Map, PropertyType, Slice, Struct, Value
+from engines.chat.gotemplate.values import ANY_SLICE, INVALID, Map, PropertyType, Slice, Struct, Value
 
 _ESCAPED = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
@@ -22,15 +22,11 @@ def encode(value: Value) -> str:
 
 
 def _encode(value: Value) -> str:
+    if value is None or value is INVALID:
+        return "null"
     match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(int(value))
-        case float():
-            return _float(value)
+        case bool() | int() | float():
+            return _number(value)
         case str():
             return _string(value)
         case bytes():
@@ -40,14 +36,12 @@ def _encode(value: Value) -> str:
             return "{" + ",".join(f"{_string(key)}:{_encode(value[key])}" for key in keys) + "}"
         case PropertyType() if len(value) == 1:
             return _encode(value[0])
-        case Slice() if not value and value.type not in ("[]interface {}", "template.templateTools"):
+        case Slice() if not value and value.type not in (ANY_SLICE, "template.templateTools"):
             return "null"  # Ollama has none where the request says none
         case Slice():
             return f"[{','.join(map(_encode, value))}]"
         case Struct():
             return _struct(value)
-    if value is INVALID:
-        return "null"
     raise ValueError
 
 
@@ -70,8 +64,12 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\u{0xFFFD if 0xD800 <= code < 0xE000 else code:04x}"
 
 
-def _float(number: float) -> str:
-    """Shortest digits, no `.0`, and an exponent only below 1e-6 and from 1e21."""
+def _number(number: float) -> str:
+    """A float in its shortest digits, without `.0`, and with an exponent only below 1e-6 and from 1e21."""
+    if isinstance(number, bool):
+        return "true" if number else "false"
+    if isinstance(number, int):
+        return str(int(number))
     if not math.isfinite(number):
         raise ValueError
     if number and not 1e-6 <= abs(number) < 1e21:

@@ -29,10 +29,12 @@ _TERMINATORS = frozenset(SPACE + ".,|:)(")
 
 
 class Token(NamedTuple):
-    """One token: `text`, `{{`, `}}`, `space`, `word`, `field`, `variable`, `dot`, `number`, `character`, `complex`,
-    `string`, `raw`, `bool`, `char`, a keyword or a sign as its own kind, and `EOF` or `error` at the end.
+    """One token.
 
-    `position` counts characters from the start of the template, `line` from 1.
+    Attributes:
+        kind: `text`, `space`, `word`, `field`, `variable`, `dot`, `number`, `character`, `complex`, `string`, `raw`,
+            `bool`, `declare`, `char`, `EOF` or `error`; delimiters, keywords and signs are kinds of their own.
+        position: in characters from the start of the template. line: counted from 1.
     """
 
     kind: str
@@ -137,12 +139,6 @@ class _Lexer:
             raise _Unreadable("unclosed action")
         if character in SPACE:
             self._space(start)
-        elif character == ":":
-            if following != "=":
-                raise _Unreadable("expected :=")
-            self._take("declare", start + 2)
-        elif character in "=|":
-            self._take(character, start + 1)
         elif character in "\"`'":
             self._quoted(character)
         elif character == "$" or (character == "." and not ("0" <= following <= "9")):
@@ -151,16 +147,24 @@ class _Lexer:
             self._number()
         elif character == "_" or character.isalnum():
             self._word()
-        elif character in "()":
-            if character == ")" and not depth:
-                raise _Unreadable("unexpected right paren")
-            self._take(character, start + 1)
-            return 1 if character == "(" else -1
-        elif " " <= character <= "~":
-            self._take("char", start + 1)
         else:
-            raise _Unreadable(f"unrecognized character in action: {_unicode(character)}")
+            return self._sign(character, following, depth)
         return 0
+
+    def _sign(self, character: str, following: str, depth: int) -> int:
+        """A sign that stands for itself; how much deeper it leads."""
+        start = self._at
+        if character == ":":
+            if following != "=":
+                raise _Unreadable("expected :=")
+            self._take("declare", start + 2)
+            return 0
+        if character == ")" and not depth:
+            raise _Unreadable("unexpected right paren")
+        if not " " <= character <= "~":
+            raise _Unreadable(f"unrecognized character in action: {_unicode(character)}")
+        self._take(character if character in "=|()" else "char", start + 1)
+        return {"(": 1, ")": -1}.get(character, 0)
 
     def _take(self, kind: str, end: int) -> None:
         self._emit(kind, self._at, self._source[self._at : end])

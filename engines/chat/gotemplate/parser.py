@@ -59,6 +59,7 @@ def parse(source: str, functions: Collection[str]) -> dict[str, List]:
     """The trees of a template and of those that it defines, by name; its own name is empty.
 
     Args:
+        source: the template's text.
         functions: the names that may be called.
 
     Raises:
@@ -90,7 +91,7 @@ class _Parser:
                 continue
             node = self._text_or_action()
             if isinstance(node, _Stop):
-                self._fail(f"unexpected {node}")
+                raise self._failure(f"unexpected {node}")
             root.nodes.append(node)
         self._add("", root)
         return self._trees
@@ -121,20 +122,20 @@ class _Parser:
     def _expect(self, kinds: tuple[str, ...], context: str) -> Token:
         token = self._take_word()
         if token.kind not in kinds:
-            self._unexpected(token, context)
+            raise self._unexpected(token, context)
         return token
 
-    def _fail(self, message: str) -> None:
-        raise GoTemplateError(f"template: :{self._tokens[self._furthest].line}: {message}")
+    def _failure(self, message: str) -> GoTemplateError:
+        return GoTemplateError(f"template: :{self._tokens[self._furthest].line}: {message}")
 
-    def _unexpected(self, token: Token, context: str) -> None:
+    def _unexpected(self, token: Token, context: str) -> GoTemplateError:
         if token.kind == "error":
             where = ""
             if self._action_line not in (0, token.line):
                 where = f" in action started at :{self._action_line}"
                 where = where.removeprefix(" in action") if token.value.endswith(" action") else where
-            self._fail(f"{token}{where}")
-        self._fail(f"unexpected {token} in {context}")
+            return self._failure(f"{token}{where}")
+        return self._failure(f"unexpected {token} in {context}")
 
     # templates
 
@@ -144,7 +145,7 @@ class _Parser:
         if earlier is None or _is_empty(earlier):
             self._trees[name] = tree
         elif not _is_empty(tree):
-            self._fail(f"template: multiple definition of template {quote(name)}")
+            raise self._failure(f"template: multiple definition of template {quote(name)}")
 
     def _defines(self) -> bool:
         after = self._next + 1
@@ -166,7 +167,7 @@ class _Parser:
         num_ranges, self._num_ranges = self._num_ranges, 0
         tree, stop = self._list()
         if stop.word != "end":
-            self._fail(f"unexpected {stop} in {context}")
+            raise self._failure(f"unexpected {stop} in {context}")
         self._variables, self._num_ranges = variables, num_ranges
         return tree
 
@@ -174,14 +175,13 @@ class _Parser:
         try:
             return unquote(token.value)
         except ValueError as error:
-            self._fail(str(error))
-            raise AssertionError from error
+            raise self._failure(str(error)) from None
 
     def _list(self) -> tuple[List, _Stop]:
         """Nodes up to an `end` or `else`."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            self._fail("exceeded maximum depth")
+            raise self._failure("exceeded maximum depth")
         nodes = List(self._peek_word().position)
         while self._peek_word().kind != "EOF":
             node = self._text_or_action()
@@ -189,15 +189,14 @@ class _Parser:
                 self._depth -= 1
                 return nodes, node
             nodes.nodes.append(node)
-        self._fail("unexpected EOF")
-        raise AssertionError
+        raise self._failure("unexpected EOF")
 
     def _text_or_action(self) -> Node:
         token = self._take_word()
         if token.kind == "text":
             return Text(token.position, token.value)
         if token.kind != "{{":
-            self._unexpected(token, "input")
+            raise self._unexpected(token, "input")
         self._action_line = token.line
         node = self._action()
         self._action_line = 0
@@ -235,9 +234,9 @@ class _Parser:
         word = f"{{{{{token.kind}}}}}"
         closing = self._take_word()
         if closing.kind != "}}":
-            self._unexpected(closing, word)
+            raise self._unexpected(closing, word)
         if not self._num_ranges:
-            self._fail(f"{word} outside {{{{range}}}}")
+            raise self._failure(f"{word} outside {{{{range}}}}")
         return Break(token.position) if token.kind == "break" else Continue(token.position)
 
     def _control(self, word: str) -> Node:
@@ -260,7 +259,7 @@ class _Parser:
                 continue
             last, stop = self._list()
             if stop.word != "end":
-                self._fail(f"expected end; found {stop}")
+                raise self._failure(f"expected end; found {stop}")
             break
         del self._variables[num_variables:]
         return _nest(_CONTROLS[word], arms, starts, last)
@@ -284,7 +283,7 @@ class _Parser:
 
     def _template_name(self, token: Token, context: str) -> str:
         if token.kind not in ("string", "raw"):
-            self._unexpected(token, context)
+            raise self._unexpected(token, context)
         return self._unquoted(token)
 
     # pipelines
@@ -295,14 +294,14 @@ class _Parser:
         while (token := self._peek_word()).kind != end:
             if token.kind not in _OPERANDS:
                 self._take()
-                self._unexpected(token, context)
+                raise self._unexpected(token, context)
             pipe.commands.append(self._command())
         self._take()
         if not pipe.commands:
-            self._fail(f"missing value for {context}")
+            raise self._failure(f"missing value for {context}")
         for stage, command in enumerate(pipe.commands[1:], 2):
             if isinstance(command.args[0], _LITERALS):
-                self._fail(f"non executable command in pipeline stage {stage}")
+                raise self._failure(f"non executable command in pipeline stage {stage}")
         return pipe
 
     def _declarations(self, pipe: Pipe, context: str) -> None:
@@ -322,9 +321,9 @@ class _Parser:
                 pipe.assigns = sign.kind == "="
                 return
             if context != "range" or len(pipe.variables) > 1:
-                self._fail(f"too many declarations in {context}")
+                raise self._failure(f"too many declarations in {context}")
             if self._peek_word().kind not in ("variable", "}}", ")"):
-                self._fail("range can only initialize variables")
+                raise self._failure("range can only initialize variables")
 
     def _command(self) -> Command:
         command = Command(self._peek_word().position, [])
@@ -340,10 +339,10 @@ class _Parser:
             if token.kind not in ("}}", ")"):
                 self._take()
                 if token.kind != "|":
-                    self._unexpected(token, "operand")
+                    raise self._unexpected(token, "operand")
             break
         if not command.args:
-            self._fail("empty command")
+            raise self._failure("empty command")
         return command
 
     def _operand(self) -> Node | None:
@@ -361,7 +360,7 @@ class _Parser:
             case Variable():
                 return Variable(position, (*node.names, *names))
             case Bool() | String() | Number() | Nil() | Dot():
-                self._fail(f"unexpected . after term {quote(str(node))}")
+                raise self._failure(f"unexpected . after term {quote(str(node))}")
         return Chain(position, node, tuple(names))
 
     def _term(self) -> Node | None:
@@ -373,30 +372,34 @@ class _Parser:
         match token.kind:
             case "word":
                 if token.value not in self._functions:
-                    self._fail(f"function {quote(token.value)} not defined")
+                    raise self._failure(f"function {quote(token.value)} not defined")
                 return Identifier(position, token.value)
-            case "dot":
-                return Dot(position)
-            case "nil":
-                return Nil(position)
             case "variable":
                 if token.value not in self._variables:
-                    self._fail(f"undefined variable {quote(token.value)}")
+                    raise self._failure(f"undefined variable {quote(token.value)}")
                 return Variable(position, (token.value,))
+            case "dot":
+                return Dot(position)
             case "field":
                 return Field(position, (token.value[1:],))
-            case "bool":
-                return Bool(position, token.value == "true")
             case "(":
                 return self._parenthesized()
+        return self._literal(token)
+
+    def _literal(self, token: Token) -> Node:
+        match token.kind:
+            case "nil":
+                return Nil(token.position)
+            case "bool":
+                return Bool(token.position, token.value == "true")
             case "string" | "raw":
-                return String(position, token.value, self._unquoted(token))
+                return String(token.position, token.value, self._unquoted(token))
         return self._number(token)
 
     def _parenthesized(self) -> Pipe:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            self._fail("max expression depth exceeded")
+            raise self._failure("max expression depth exceeded")
         pipe = self._pipeline("parenthesized pipeline", ")")
         self._depth -= 1
         return pipe
@@ -406,8 +409,7 @@ class _Parser:
         try:
             return Number(token.position, token.value, read(token.value))
         except ValueError as error:
-            self._fail(str(error))
-            raise AssertionError from error
+            raise self._failure(str(error)) from None
 
 
 def _nest(

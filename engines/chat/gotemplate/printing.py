@@ -1,7 +1,7 @@
 """How Go's `fmt` writes values: `Sprint`, `Sprintln` and `Sprintf`.
 
-Not done as Go does it: `%#v` is `%v` with strings in quotes, `%b` of a float is a bad verb, and a width beyond Go's limit
-counts as none.
+Not done as Go does it: `%#v` is `%v` with strings in quotes, a `#` means nothing to a float and `%b` is no verb for it,
+and a width beyond Go's limit counts as none.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ Spend = Callable[[int], object]
 """Is told how many characters are about to be written; raises where that is too much."""
 
 MAX_WIDTH = 1_000_000
+_AS_LITERAL = "V"
+"""Stands among the flags for the `#` of `%#v`."""
 _VERB = re.compile(
-    r"%(?P<flags>[-+# 0]*)(?P<at>\[[^\]]*\]?)?(?P<width>\*|[0-9]+)?(?P<dot>\.(?P<pat>\[[^\]]*\]?)?(?P<precision>\*|[0-9]+)?)?"
-    r"(?P<vat>\[[^\]]*\]?)?(?P<verb>.)?",
+    r"%(?P<flags>[-+# 0]*)(?P<at>\[[^\]]*\]?)?(?P<width>\*|[0-9]+)?"
+    r"(?P<dot>\.(?P<pat>\[[^\]]*\]?)?(?P<precision>\*|[0-9]+)?)?(?P<vat>\[[^\]]*\]?)?(?P<verb>.)?",
     re.DOTALL,
 )
 _ARGUMENT = re.compile(r"\[([0-9]+)\]")
@@ -89,8 +91,8 @@ class _Filling:
             width, flags = -width, f"{flags}-"
         is_good = self._move(match["pat"]) and is_good
         precision = self._number(match["precision"], "%!(BADPREC)", complaints)
-        if match["dot"]:
-            precision = max(precision, 0)
+        if match["dot"] and not match["precision"]:
+            precision = 0
         is_good = self._move(match["vat"]) and is_good
         verb = match["verb"]
         before = "".join(complaints)
@@ -140,7 +142,9 @@ class _Filling:
 
 
 def _format(value: Value, spec: _Spec) -> str:
-    """A value on its own."""
+    """A value on its own. To `%v` a `+` and a `#` mean something else than to the others."""
+    if spec.verb == "v" and spec.flags:
+        spec = replace(spec, flags=spec.flags.replace("+", "").replace("#", _AS_LITERAL))
     if value is None or value is INVALID:
         return _pad("<nil>", spec) if spec.verb in "vT" else f"%!{spec.verb}(<nil>)"
     if spec.verb == "T":
@@ -153,6 +157,22 @@ def _nested(value: Value, spec: _Spec) -> str:
     if spec.verb in "vsxXq" and (text := _own_text(value)) is not None:
         return _string(text, spec)
     match value:
+        case bool() | int() | float() | complex() | str():
+            return _basic(value, spec)
+        case bytes():
+            return _bytes(value, spec)
+        case Slice():
+            return f"[{' '.join(_nested(item, spec) for item in value)}]"
+        case dict():
+            return f"map[{' '.join(f'{_nested(key, spec)}:{_nested(value[key], spec)}' for key in sorted(value))}]"
+        case Struct():
+            star = "&" if value.type.name.startswith("*") else ""
+            return f"{star}{{{' '.join(_nested(value.values[field], spec) for field, *_ in value.type.fields)}}}"
+    return "<nil>"
+
+
+def _basic(value: Value, spec: _Spec) -> str:
+    match value:
         case bool():
             return _pad("true" if value else "false", spec) if spec.verb in "tv" else _bad(value, spec)
         case int():
@@ -161,19 +181,7 @@ def _nested(value: Value, spec: _Spec) -> str:
             return _float(value, spec)
         case complex():
             return _complex(value, spec)
-        case str():
-            return _string(value, spec)
-        case bytes():
-            return _bytes(value, spec)
-        case Slice():
-            return f"[{' '.join(_nested(item, spec) for item in value)}]"
-        case dict():
-            key_spec = replace(spec, verb="v") if spec.verb == "v" else spec
-            return f"map[{' '.join(f'{_nested(key, key_spec)}:{_nested(value[key], spec)}' for key in sorted(value))}]"
-        case Struct():
-            star = "&" if value.type.name.startswith("*") else ""
-            return f"{star}{{{' '.join(_nested(value.values[field], spec) for field, *_ in value.type.fields)}}}"
-    return "<nil>"
+    return _string(value, spec)
 
 
 def _own_text(value: Value) -> str | None:
@@ -191,7 +199,7 @@ def _own_text(value: Value) -> str | None:
 
 
 def _bad(value: Value, spec: _Spec) -> str:
-    return f"%!{spec.verb}({type_name(value)}={text_of(value)})"
+    return f"%!{spec.verb}({type_name(value)}={_nested(value, replace(spec, verb='v'))})"
 
 
 def _pad(text: str, spec: _Spec) -> str:
@@ -205,7 +213,7 @@ def _pad(text: str, spec: _Spec) -> str:
 
 def _string(text: str, spec: _Spec) -> str:
     match spec.verb:
-        case "v" if "#" in spec.flags:
+        case "v" if _AS_LITERAL in spec.flags:
             return _pad(quote(text), spec)
         case "v" | "s":
             return _pad(text[: spec.precision] if spec.precision >= 0 else text, spec)

@@ -26,7 +26,7 @@ _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}
 
 
 def as_bytes(text: str) -> bytes:
-    """The bytes of a Go string. Halves of surrogate pairs that stand for no byte are no text; Go has U+FFFD for them."""
+    """The bytes of a Go string. Half a surrogate pair that stands for no byte is no text; Go has U+FFFD for it."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

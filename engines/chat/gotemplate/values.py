@@ -66,6 +66,10 @@ class Map(dict[str, Value]):
     keeps_order = False
 
 
+ANY_SLICE: Final = "[]interface {}"
+"""The type of a list out of JSON."""
+
+
 class Slice(Sequence[Value]):
     """Part of a list, which it shares as a Go slice does: cutting it copies nothing.
 
@@ -78,7 +82,7 @@ class Slice(Sequence[Value]):
     def __init__(
         self,
         items: list[Value],
-        kind: str = "[]interface {}",
+        kind: str = ANY_SLICE,
         *,
         prints_json: bool = False,
         bounds: tuple[int, int, int] | None = None,
@@ -124,32 +128,24 @@ class PropertyType(Slice):
         super().__init__(names, "api.PropertyType")
 
 
+_TYPE_NAMES: dict[type, str] = {
+    type(None): "interface {}",
+    bool: "bool",
+    Uint8: "uint8",
+    int: "int",
+    float: "float64",
+    complex: "complex128",
+    str: "string",
+    bytes: "api.ImageData",
+    dict: "map[string]interface {}",
+}
+
+
 def type_name(value: Value) -> str:
     """The Go type of a value."""
-    match value:
-        case None:
-            return "interface {}"
-        case bool():
-            return "bool"
-        case Uint8():
-            return "uint8"
-        case int():
-            return "int"
-        case float():
-            return "float64"
-        case complex():
-            return "complex128"
-        case str():
-            return "string"
-        case bytes():
-            return "api.ImageData"
-        case Struct():
-            return value.type.name
-        case Slice() | Map():
-            return value.type
-        case dict():
-            return "map[string]interface {}"
-    return "<nil>"
+    if isinstance(value, Struct):
+        return value.type.name
+    return value.type if isinstance(value, (Slice, Map)) else _TYPE_NAMES.get(type(value), "<nil>")
 
 
 def truth(value: Value) -> bool:
@@ -162,8 +158,10 @@ def truth(value: Value) -> bool:
 
 
 def is_nil(value: Value) -> bool:
-    """Whether it is nothing; an empty list or map is, since Ollama has none where the request says none."""
-    return value is None or value is INVALID or (isinstance(value, (Slice, dict, bytes)) and not value)
+    """Whether it is nothing; an empty list of Ollama's own is, since there is none where the request says none."""
+    if isinstance(value, Slice):
+        return not value and value.type != ANY_SLICE
+    return value is None or value is INVALID
 
 
 def length(text: str) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engines.chat.jinja import CHATML, ChatTemplate
 from engines.chat.prompt import Prompt, PromptBuilder
-from engines.errors import BadRequest, PromptTooLong, TemplateError
+from engines.errors import BadRequest, GoTemplateError, PromptTooLong, TemplateError, UnsupportedCapability
 from engines.request import GenerateRequest, Message, Origin, ToolCall
 
 BOS = "^"
@@ -46,7 +46,7 @@ def request(*messages: Message, **fields: Any) -> GenerateRequest:
     return GenerateRequest(id="req", model="m", origin=ORIGIN, messages=chat, **fields)
 
 
-def build(template: str, *messages: Message, num_ctx: int = 1000, adds_bos: bool = True, **fields: Any) -> Prompt:
+def build(template: str, /, *messages: Message, num_ctx: int = 1000, adds_bos: bool = True, **fields: Any) -> Prompt:
     """The prompt of a request."""
     return builder(template, adds_bos=adds_bos).build(request(*messages, **fields), num_ctx=num_ctx)
 
@@ -241,3 +241,55 @@ def test_template_variables_of_the_client_win() -> None:
     """`chat_template_kwargs` are more precise than `think`."""
     prompt = build("{{ enable_thinking }}", USER, think=True, template_kwargs={"enable_thinking": 0}, adds_bos=False)
     assert text_of(prompt) == "0"
+
+
+GO = "{{ range .Messages }}{{ if .Thinking }}<r>{{ .Thinking }}</r>{{ end }}[{{ .Role }}]{{ .Content }}{{ end }}<r>"
+
+
+def test_a_request_may_bring_a_template_in_go() -> None:
+    """It renders the chat in place of the model's own, and says whether the prompt leaves reasoning open."""
+    prompt = build(PLAIN, USER, template=GO, think=True)
+    assert (text_of(prompt), prompt.text, prompt.in_thinking) == ("^[user]Hi<r>", "[user]Hi<r>", True)
+    assert not build(PLAIN, USER, template=GO, think=False).in_thinking
+    assert builder().reply_format(request(USER, template=GO)).thinking == ("<r>", "</r>")
+
+
+def test_a_chat_in_go_is_cut_as_any_other() -> None:
+    """The oldest messages go, system messages and the last stay."""
+    turns = [Message("system", "S"), Message("user", "1" * 9), Message("assistant", "2" * 9), Message("user", "3")]
+    template = "{{ range .Messages }}{{ .Content }}{{ end }}"
+    prompt = build(PLAIN, *turns, template=template, num_ctx=14, truncate=True)
+    assert (text_of(prompt), prompt.truncated_tokens) == ("^S" + "2" * 9 + "3", 9)
+
+
+def test_an_old_template_goes_on_where_the_answer_began() -> None:
+    """A trailing assistant message is what the answer begins with."""
+    template = "<{{ .Prompt }}>{{ .Response }}</>"
+    assert text_of(build(PLAIN, USER, ASSISTANT, Message("user", "x"), template=template)) == "^<Hi>Hello</><x>"
+    assert text_of(build(PLAIN, USER, ASSISTANT, template=template)) == "^<Hi>Hello"
+
+
+def test_a_wrong_template_is_refused() -> None:
+    """Whether it is none or does not go with its data."""
+    with pytest.raises(GoTemplateError, match="unclosed action"):
+        build(PLAIN, USER, template="{{ .Messages")
+    with pytest.raises(GoTemplateError, match="can't evaluate field"):
+        build(PLAIN, USER, template="{{ range .Messages }}{{ .Nope }}{{ end }}")
+
+
+def test_a_gap_is_filled_by_the_template_or_by_the_vocabulary() -> None:
+    """The template's own words for it go first."""
+    fields: dict[str, Any] = {"prompt": "a", "suffix": "b"}
+    with pytest.raises(UnsupportedCapability):
+        build(PLAIN, **fields)
+    template = "{{ if .Suffix }}{{ .Suffix }}|{{ .Prompt }}{{ end }}{{ .Response }}"
+    assert text_of(build(PLAIN, template=template, **fields)) == "^b|a"
+    able = PromptBuilder(ChatTemplate(PLAIN), tokenize, bos=BOS, infill=("<p>", "<s>", "<m>"))
+    assert text_of(able.build(request(**fields), num_ctx=100)) == "^<p>a<s>b<m>"
+    assert text_of(able.build(request(**fields, template="{{ .Prompt }}"), num_ctx=100)) == "^<p>a<s>b<m>"
+
+
+def test_a_raw_prompt_may_leave_the_template_s_reasoning_open() -> None:
+    """Where the template in use says how that looks, and thinking is on."""
+    assert build(PLAIN, prompt="x<r>\n", template=GO, think=True).in_thinking
+    assert not build(PLAIN, prompt="x<r>\n", template=GO).in_thinking
