@@ -118,9 +118,15 @@ class Library:
         """Store a blob, unless it is there already; whether it was new."""
         expected = _normal(digest)
         path = blob_path(self._writer.models, expected)
-        self._writer.holds.promise(expected)
-        if await self._disk.run(path.is_file):
-            return False
+        with self._writer.holds.holding() as hold:
+            hold.add(expected)
+            is_new = not await self._disk.run(path.is_file)
+            if is_new:
+                await self._write_blob(digest, chunks)
+            self._writer.holds.promise(expected)  # to whoever makes a model of it soon
+        return is_new
+
+    async def _write_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
         writer = BlobWriter(self._writer.models)
         try:
             await self._disk.run(writer.open)
@@ -130,7 +136,6 @@ class Library:
             await self._disk.run(writer.publish)
         finally:
             await asyncio.shield(self._disk.run(writer.close))
-        return True
 
     async def _receive(self, writer: BlobWriter, chunks: AsyncIterator[bytes]) -> None:
         gathered = bytearray()

@@ -25,12 +25,12 @@ Deliberate divergences from Ollama, each with its reason:
 - A completion model makes embeddings, the mean of its hidden states; Ollama loads it and then refuses. A request has
   16,384 texts at most. The old `/api/embeddings` looks for a model's name in any case of letters.
 - `/api/rerank` exists, and `rerank` is a capability, told instead of `embedding`, since a reranker makes no vectors.
-- `create` keeps an uploaded GGUF as it is, where Ollama writes every one anew; only parts of a split model are written, as
-  one file. It quantizes to more types than Ollama, and F32 weights that do not say so too. A chat template that is in
+- `create` keeps an uploaded GGUF as it is, where Ollama writes every one anew; only parts of a split model are written,
+  as one file. It quantizes to more types than Ollama, and F32 weights that do not say so too. A chat template that is in
   the GGUF is used as it is, so none of Ollama's own is put in its place. Safetensors are refused with what to do.
-- An uploaded blob with another digest than it should have is thrown away; Ollama keeps it under the digest that it has.
-- Models of Docker Model Runner and of plain folders are listed and served, but not changed: to copy, delete or build upon
-  one is a 403 that says whose it is. A model whose manifest is damaged can be deleted.
+- An uploaded blob with another digest than it should have is thrown away; Ollama keeps it under the digest it has.
+- Models of Docker Model Runner and of plain folders are listed and served, but not changed: to copy, delete or build
+  upon one is a 403 that says whose it is. A model whose manifest is damaged can be deleted.
 - Token ids in `context` that are negative are refused at once; a null inside a list is refused instead of being empty.
 - An unexpected exception is a 500 with `{"error":"internal server error"}` and not with an empty body, which clients
   cannot read.
