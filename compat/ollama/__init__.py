@@ -26,8 +26,8 @@ Deliberate divergences from Ollama, each with its reason:
   16,384 texts at most. The old `/api/embeddings` looks for a model's name in any case of letters.
 - `/api/rerank` exists, and `rerank` is a capability, told instead of `embedding`, since a reranker makes no vectors.
 - `create` keeps an uploaded GGUF as it is, where Ollama writes every one anew; only parts of a split model are written,
-  as one file. It quantizes to more types than Ollama, and F32 weights that do not say so too. A chat template that is in
-  the GGUF is used as it is, so none of Ollama's own is put in its place. Safetensors are refused with what to do.
+  as one file. It quantizes to more types than Ollama, and F32 weights that do not say so too. A chat template that is
+  in the GGUF is used as it is, so none of Ollama's own is put in its place. Safetensors are refused with what to do.
 - An uploaded blob with another digest than it should have is thrown away; Ollama keeps it under the digest it has.
 - Models of Docker Model Runner and of plain folders are listed and served, but not changed: to copy, delete or build
   upon one is a 403 that says whose it is. A model whose manifest is damaged can be deleted.
