@@ -19,7 +19,7 @@ from engines.library import Progress
 from engines.store.blobs import keep_blob
 from engines.store.disk import Disk
 from engines.store.manifests import Layer
-from engines.store.parts import MIN_PART_BYTES, NUM_PARTS, Part, PartialBlob
+from engines.store.parts import MIN_PART_BYTES, NUM_PARTS, Part, PartialBlob, WrongBlob
 from engines.store.registry import Repository
 
 log = logging.getLogger(__name__)
@@ -98,17 +98,30 @@ class Download:
     async def _run(self) -> None:
         try:
             if not await self._lock():
-                return
-            await self._disk.run(self._blob.open)
-            await self._fetch_all([part for part in self._blob.parts if part.missing])
-            self._arrived.set()
-            offset = 0
-            while offset < self._layer.size:
-                offset = await self._disk.run(self._blob.hash_some, offset)
-            await self._disk.run(self._blob.publish)
-            log.info("pulled %s, %d bytes", self._layer.digest[7:19], self._layer.size)
+                return None
+            if await self._disk.run(self._blob.open):
+                try:
+                    return await self._complete()
+                except WrongBlob:  # perhaps it was what an earlier download, from elsewhere, had left
+                    self._arrived.clear()
+                    await self._disk.run(self._blob.begin_afresh)
+            try:
+                await self._complete()
+            except WrongBlob:
+                await self._disk.run(self._blob.discard)
+                raise
         finally:
             await self._disk.run(self._blob.close)
+
+    async def _complete(self) -> None:
+        """Fetch what is missing and publish the blob."""
+        await self._fetch_all([part for part in self._blob.parts if part.missing])
+        self._arrived.set()
+        offset = 0
+        while offset < self._layer.size:
+            offset = await self._disk.run(self._blob.hash_some, offset)
+        await self._disk.run(self._blob.publish)
+        log.info("pulled %s, %d bytes", self._layer.digest[7:19], self._layer.size)
 
     async def _lock(self) -> bool:
         """Wait for whoever else is at this blob, in this process or another; False if it is there afterwards."""

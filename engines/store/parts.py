@@ -29,6 +29,10 @@ HASH_BYTES = 16 << 20
 _MAX_NOTE_BYTES = 4096
 
 
+class WrongBlob(RegistryError):
+    """What has arrived has another digest than was asked for."""
+
+
 class Part(msgspec.Struct, rename="pascal"):
     """A stretch of a blob and how many of its bytes have arrived, from its beginning."""
 
@@ -80,16 +84,28 @@ class PartialBlob:
         self._descriptor = descriptor if locked else -1
         return locked
 
-    def open(self) -> None:
-        """Find out what is there already, or divide the blob into parts."""
+    def open(self) -> bool:
+        """Find out what is there already, or divide the blob into parts; whether anything was there."""
         try:
             noted = self._read_notes() if os.fstat(self._descriptor).st_size == self._size_bytes else []
-            if not _tile(noted, self._size_bytes):
-                self._forget_notes()
-                os.truncate(self._descriptor, 0)  # a hole is as good as what nobody vouches for, and takes no room
-                noted = self._divide()
+        except OSError as error:
+            raise self._not_writable(error) from error
+        if not _tile(noted, self._size_bytes):
+            self.begin_afresh()
+            return False
+        self.parts = noted
+        return any(part.completed for part in noted)
+
+    def begin_afresh(self) -> None:
+        """Throw away what is there and divide the blob into parts."""
+        try:
+            self._forget_notes()
+            os.truncate(self._descriptor, 0)  # a hole is as good as what nobody vouches for, and takes no room
             os.truncate(self._descriptor, self._size_bytes)
-            self.parts = noted
+            self.parts = self._divide()
+            self._hash = hashlib.sha256()
+            for part in self.parts:  # all of them, for a blob with a part that nobody speaks of is begun afresh
+                self._write_note(part)
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -118,13 +134,12 @@ class PartialBlob:
         """Make the blob visible, once all of it has been hashed.
 
         Raises:
-            RegistryError: it is another blob. Nothing of it is left then.
+            WrongBlob: it is another blob.
         """
         found = f"sha256:{self._hash.hexdigest()}"
+        if found != self._digest:
+            raise WrongBlob(f"digest mismatch, file must be downloaded again: want {self._digest}, got {found}")
         try:
-            if found != self._digest:
-                self.discard()
-                raise RegistryError(f"digest mismatch, file must be downloaded again: want {self._digest}, got {found}")
             os.fsync(self._descriptor)
             self._file.replace(self._blob)
             flush_directory(self._blob.parent)

@@ -230,7 +230,7 @@ async def test_a_disk_that_fills_up_ends_the_pull_with_its_name(
     monkeypatch.setattr(os, "pwrite", write)
     async with scripted(Shelf(DATA).answer) as server, transfers(tmp_path) as mine:
         again = await pulled(mine, at(server.address))
-    assert next(each for each in again if each.digest).completed_bytes > 0
+    assert next(each for each in again if each.completed_bytes).completed_bytes >= MB
     assert blob_path(tmp_path / "models", digest_of(DATA)).read_bytes() == DATA
 
 
@@ -340,6 +340,19 @@ async def test_damaged_notes_cost_a_download_and_no_more(tmp_path: Path, notes: 
         await pulled(mine, at(server.address))
     assert blob_path(tmp_path / "models", digest_of(DATA)).read_bytes() == DATA
     assert leftovers(tmp_path / "models") == []
+
+
+async def test_what_somebody_else_left_does_not_spoil_a_pull(tmp_path: Path) -> None:
+    """Where the beginning of a blob turns out to be another's, it is fetched again, once, from the start."""
+    blobs = tmp_path / "models" / "blobs"
+    blobs.mkdir(parents=True)
+    partial = blobs / f"{digest_of(DATA).replace(':', '-')}-partial"
+    partial.write_bytes(b"x" * len(DATA))
+    note = {"N": 0, "Offset": 0, "Size": len(DATA), "Completed": MB}
+    partial.with_name(f"{partial.name}-0").write_text(json.dumps(note))
+    async with scripted(Shelf(DATA).answer) as server, transfers(tmp_path) as mine:
+        await pulled(mine, at(server.address))
+    assert blob_path(tmp_path / "models", digest_of(DATA)).read_bytes() == DATA
 
 
 def test_notes_without_their_file_say_nothing(tmp_path: Path) -> None:
