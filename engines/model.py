@@ -24,6 +24,7 @@ class ModelCard:
         size_bytes: all layers and the config. modified_at: seconds since the epoch.
         parameters: the params layer as it is on disk, Ollama option names.
         template: the TEMPLATE layer's text, empty without one. chat_template: the GGUF's Jinja template.
+        go_template: the first of these when it is what prompts are rendered with, else empty.
         context_length, embedding_length: what the model was trained with; 0 when unknown.
         capabilities: a subset of completion, tools, insert, vision, embedding, rerank and thinking (`spec/ollama.md`
             section 9).
@@ -49,6 +50,7 @@ class ModelCard:
     parent: str = ""
     template: str = ""
     chat_template: str = ""
+    go_template: str = ""
     system: str = ""
     parameters: Mapping[str, JSON] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()

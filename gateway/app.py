@@ -102,7 +102,10 @@ class House:
         self.settings = settings
         self.metrics = Metrics()
         self.catalog = Catalog(
-            settings.models, DockerStore(settings.docker_models), *map(Folder, settings.model_folders)
+            settings.models,
+            DockerStore(settings.docker_models),
+            *map(Folder, settings.model_folders),
+            go_templates=settings.go_templates,
         )
         self.backend = backend or LlamaCppBackend(self.catalog.weights, step_limit_s=settings.step_limit_s)
         self._sockets = _socket_directory(settings.data)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from engines.chat.capabilities import prefers_chat_template
 from engines.errors import Cancelled, HeadwaterError, UnsupportedCapability
 from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, Timings, Usage
 from engines.model import ModelCard, ModelDescription, RunnerStatus
@@ -214,9 +213,7 @@ class Dispatch:
 def _complete(request: GenerateRequest, card: ModelCard) -> GenerateRequest:
     """The request with what the model and the dialect say where the client said nothing."""
     sampling = request.sampling.over(card.sampling).over(request.defaults)
-    template = request.template
-    if template is None and not prefers_chat_template(card.template, card.chat_template):
-        template = card.template
+    template = (card.go_template or None) if request.template is None else request.template
     return replace(request, sampling=sampling, load=request.load.over(card.load), template=template)
 
 

@@ -61,6 +61,7 @@ class Settings:
         num_parallel: requests a model serves at once; 0 lets the server choose.
         max_loaded_models: models resident at once. max_queue: requests that may wait for a model or a place.
         context_length: window where neither request nor model says one; 0 lets the server choose.
+        go_templates: which of two templates of a model is used; None leaves it to them.
         flash_attention: None lets the engine choose. cache_type: of the K and V that are kept. use_mlock: keep weights
             from being swapped out. tensor_split: shares of each GPU. memory_limit_bytes: of all models together, 0 lets
             the machine decide.
@@ -86,6 +87,7 @@ class Settings:
     max_loaded_models: int
     max_queue: int
     context_length: int
+    go_templates: bool | None
     flash_attention: bool | None
     cache_type: str
     use_mlock: bool
@@ -131,6 +133,7 @@ class Settings:
             max_loaded_models=read("OLLAMA_MAX_LOADED_MODELS", "0", _count, "a whole number, 0 to choose") or 3,
             max_queue=read("OLLAMA_MAX_QUEUE", "512", _positive, "a whole number above 0"),
             context_length=read("OLLAMA_CONTEXT_LENGTH", "0", _count, "a number of tokens, 0 to choose"),
+            go_templates=read("OLLAMA_GO_TEMPLATE", "", _optional_flag, "true, false or nothing to choose"),
             flash_attention=flash_attention,
             cache_type=read("OLLAMA_KV_CACHE_TYPE", "f16", partial(_cache_type, flash_attention), CACHE_TYPES_ACCEPTED),
             use_mlock=read("HEADWATER_MLOCK", "0", _flag, "true or false"),

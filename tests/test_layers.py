@@ -84,7 +84,7 @@ TABLE = [
     Row(("compat.ollama.names",), ("compat.*", "engines.store.names", *VOCABULARY)),
     Row(
         ("compat.ollama.show",),
-        ("compat.*", "engines.chat.capabilities", "engines.store.gojson", "engines.store.modelfile", *VOCABULARY),
+        ("compat.*", "engines.store.gojson", "engines.store.modelfile", *VOCABULARY),
         ("msgspec",),
     ),
     Row(("compat.*",), ("compat.*", *VOCABULARY), ("msgspec",)),

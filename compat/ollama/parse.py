@@ -64,7 +64,7 @@ def parse_generate(body: GenerateBody, card: ModelCard, *, request_id: str, orig
         return replace(request, messages=None, prompt=body.prompt, format=output_format)
     request = replace(
         request,
-        template=body.template or (None if card.template or card.chat_template else _NO_TEMPLATE),
+        template=body.template or (None if card.go_template or card.chat_template else _NO_TEMPLATE),
         context_tokens=tuple(body.context or ()),
         format=output_format,
         return_tokens=True,

@@ -15,7 +15,6 @@ from msgspec import UNSET
 from compat.ollama.gojson import encode, quote
 from compat.ollama.listing import render_details, render_local_time
 from compat.ollama.schema import ShowBody, ShowReply, StoredMessage, TensorBody
-from engines.chat.capabilities import prefers_chat_template
 from engines.model import ModelCard, ModelDescription
 from engines.request import JSON
 from engines.store.gojson import encode_json
@@ -75,9 +74,7 @@ def render_modelfile(card: ModelCard, system: str, options: Mapping[str, JSON]) 
 
 def _template(card: ModelCard) -> str:
     """The template in use."""
-    if prefers_chat_template(card.template, card.chat_template):
-        return card.chat_template or _NO_TEMPLATE
-    return card.template
+    return card.go_template or card.chat_template or _NO_TEMPLATE
 
 
 def _each(parameters: Mapping[str, JSON]) -> Iterator[tuple[str, JSON]]:

@@ -31,7 +31,7 @@ _THINKING_ARCHITECTURES = ("gptoss", "gpt-oss")  # harmony: thinking has a chann
 def detect_capabilities(
     metadata: Mapping[str, JSON],
     *,
-    template: str,
+    go_template: str,
     chat_template: str,
     has_projector: bool,
     is_reranker: bool = False,
@@ -39,18 +39,16 @@ def detect_capabilities(
 ) -> tuple[str, ...]:
     """The capabilities of a model in the order of `ORDER`.
 
-    `metadata` is the weights' GGUF header, `template` the Go template (empty without one), `chat_template` the GGUF's
-    Jinja template, and `declared` what the model's config claims. A reranker pools into one score and makes no vectors.
+    `metadata` is the weights' GGUF header, `go_template` the Go template in use, `chat_template` the GGUF's Jinja
+    template, which counts where no other is in use, and `declared` what the model's config claims. A reranker pools
+    into one score and makes no vectors.
     """
     architecture = metadata.get("general.architecture")
     is_embedding = f"{architecture}.pooling_type" in metadata
     found = {"rerank" if is_reranker else "embedding" if is_embedding else "completion", *declared}
     if has_projector or f"{architecture}.vision.block_count" in metadata:
         found.add("vision")
-    if prefers_chat_template(template, chat_template):
-        found |= _jinja_capabilities(chat_template)
-    else:
-        found |= _go_capabilities(template)
+    found |= _go_capabilities(go_template) if go_template else _jinja_capabilities(chat_template)
     if "completion" in found and _has_infill_tokens(metadata):
         found.add("insert")
     if architecture in _THINKING_ARCHITECTURES:
@@ -58,14 +56,25 @@ def detect_capabilities(
     return tuple(capability for capability in ORDER if capability in found)
 
 
-def prefers_chat_template(template: str, chat_template: str) -> bool:
+def prefers_chat_template(
+    template: str, chat_template: str, *, renderer: str = "", go_templates: bool | None = None
+) -> bool:
     """Whether the GGUF's Jinja template is used rather than the model's Go template (section 8.1).
 
     It is where it is the only one, and where it offers more, unless only the Go template takes calls and results. With
-    as much on both sides, tools among it, it is where it alone takes them.
+    as much on both sides, tools among it, it is where it alone takes them. Of a model that is made for a `renderer` of
+    Ollama's own, the Go template says nothing, and the other is nearest to what is meant.
+
+    Args:
+        template: the Go template, empty without one.
+        chat_template: the Jinja template, empty without one.
+        renderer: the one that the model's config names.
+        go_templates: what the operator says of all models; None leaves it to the templates.
     """
     if not template or not chat_template:
         return not template
+    if go_templates is not None or renderer:
+        return not go_templates
     go, jinja = _go_capabilities(template), _jinja_capabilities(chat_template)
     if len(jinja) > len(go):
         return not _go_returns_tools(template) or _jinja_returns_tools(chat_template)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 
-from engines.chat.capabilities import detect_capabilities
+from engines.chat.capabilities import detect_capabilities, prefers_chat_template
 from engines.errors import GGUFParseError
 from engines.model import ModelCard
 from engines.request import JSON
@@ -63,7 +63,7 @@ class InstalledModel:
         return all(FileState.of(file.path) == file for file in self.files)
 
 
-def read_model(models: Path, name: ModelName) -> InstalledModel:
+def read_model(models: Path, name: ModelName, *, go_templates: bool | None = None) -> InstalledModel:
     """Read the model of that name, in the spelling that it has on disk.
 
     Raises:
@@ -110,7 +110,9 @@ def read_model(models: Path, name: ModelName) -> InstalledModel:
     )
     headers = [header for file in weights if (header := header_of(file)) is not None]
     header = merge_parts(headers) if len(headers) == len(weights) else None
-    return InstalledModel(with_facts(card, config, header), (manifest_file, *weights, *adapters, *projectors))
+    return InstalledModel(
+        with_facts(card, config, header, go_templates=go_templates), (manifest_file, *weights, *adapters, *projectors)
+    )
 
 
 def _weights(models: Path, layers: Sequence[Layer]) -> tuple[FileState, ...]:
@@ -130,17 +132,24 @@ def _split(weights: FileState) -> tuple[int, int]:
     return (number, count) if isinstance(number, int) and isinstance(count, int) else (-1, 0)
 
 
-def with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None) -> ModelCard:
-    """The card with what config and header say about the weights; `header` is None when they are damaged."""
+def with_facts(
+    card: ModelCard, config: ModelConfig, header: GGUFHeader | None, *, go_templates: bool | None = None
+) -> ModelCard:
+    """The card with what config and header say about the weights; `header` is None when they are damaged.
+
+    `go_templates` says which of two templates is used; None leaves it to them.
+    """
     known = header or GGUFHeader(version=0, metadata={"general.architecture": ""}, tensors=(), num_parameters=0)
     chat_template = known.metadata.get("tokenizer.chat_template")
     chat_template = chat_template if isinstance(chat_template, str) else ""
     families = config.model_families
     if not config.model_family and families is None and header:
         families = (known.architecture,)
+    is_jinja = prefers_chat_template(card.template, chat_template, renderer=card.renderer, go_templates=go_templates)
+    go_template = "" if is_jinja else card.template
     capabilities = detect_capabilities(
         known.metadata,
-        template=card.template,
+        go_template=go_template,
         chat_template=chat_template,
         has_projector=bool(card.projectors),
         is_reranker=known.pooling is Pooling.RANK,
@@ -155,6 +164,7 @@ def with_facts(card: ModelCard, config: ModelConfig, header: GGUFHeader | None) 
         context_length=config.context_length or known.count("context_length"),
         embedding_length=config.embedding_length or known.count("embedding_length"),
         chat_template=chat_template,
+        go_template=go_template,
         capabilities=capabilities if header else ("completion",),
     )
 

@@ -26,11 +26,14 @@ _Place = Provider[Any]  # each has keys of its own
 
 
 class Catalog:
-    """The models below `root`, the directory that Ollama calls OLLAMA_MODELS, and in further places."""
+    """The models below `root`, the directory that Ollama calls OLLAMA_MODELS, and in further places.
 
-    def __init__(self, root: Path, *further: _Place) -> None:
+    `go_templates` says which of two templates of a model is used; None leaves it to them.
+    """
+
+    def __init__(self, root: Path, *further: _Place, go_templates: bool | None = None) -> None:
         self._root = root
-        self._places: tuple[_Place, ...] = (OllamaStore(root), *further)
+        self._places: tuple[_Place, ...] = (OllamaStore(root, go_templates=go_templates), *further)
         self._remembered: dict[tuple[_Place, Hashable], InstalledModel] = {}
 
     def list(self) -> _Cards:

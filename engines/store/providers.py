@@ -46,9 +46,10 @@ class OllamaStore:
 
     is_writable = True
 
-    def __init__(self, models: Path) -> None:
+    def __init__(self, models: Path, *, go_templates: bool | None = None) -> None:
         self.title = f"the store {models}"
         self._models = models
+        self._go_templates = go_templates
 
     def walk(self) -> Iterator[ModelName]:
         """See Provider."""
@@ -60,7 +61,7 @@ class OllamaStore:
 
     def read(self, key: ModelName) -> InstalledModel:
         """See Provider."""
-        return read_model(self._models, key)
+        return read_model(self._models, key, go_templates=self._go_templates)
 
     def weights(self, digest: str) -> Path | None:
         """See Provider."""

@@ -89,12 +89,11 @@ async def test_a_prompt_is_rendered_by_the_worker_and_costs_a_load(house: FakeHo
 
 
 def test_the_model_s_own_template_goes_with_the_request_where_it_is_used(tmp_path: Path) -> None:
-    """Unless the request brings one, or the weights' own template can do more."""
-    card = replace(demo_card(tmp_path), template="{{ .Prompt }}", chat_template="")
+    """Unless the request brings one, or the weights' own is used."""
+    card = replace(demo_card(tmp_path), template="{{ .Prompt }}", go_template="{{ .Prompt }}")
     assert _complete(ask(), card).template == "{{ .Prompt }}"
     assert _complete(ask(template="{{ .System }}"), card).template == "{{ .System }}"
-    assert _complete(ask(), replace(card, chat_template="{{ tools }}")).template is None
-    assert _complete(ask(), replace(card, template="")).template is None
+    assert _complete(ask(), replace(card, go_template="")).template is None
 
 
 async def test_waiting_for_a_place_is_queue_time(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_images_in_raw_mode_are_refused() -> None:
 
 def test_a_template_in_the_request_renders_the_same_messages() -> None:
     """And nothing is said where the model's own is to be used, which is not the dialect's choice."""
-    model = card("m:latest", template="{{ .Prompt }}")
+    model = card("m:latest", template="{{ .Prompt }}", go_template="{{ .Prompt }}")
     request = generate(model, template="{{ .System }}", system="S")
     assert (request.template, request.messages) == ("{{ .System }}", (Message("system", "S"), Message("user", "hi")))
     assert generate(model).template is None

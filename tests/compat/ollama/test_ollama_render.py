@@ -448,9 +448,9 @@ def test_a_whole_model_is_shown_whole() -> None:
         ("", "", "{{ .Prompt }}"),
         ("{{ .Prompt }} {{ .Suffix }}", "", "{{ .Prompt }} {{ .Suffix }}"),
         ("", "{{ jinja }}", "{{ jinja }}"),
-        ("{{ .Prompt }}", "{{ tools }}", "{{ tools }}"),
+        ("{{ .Prompt }}", "{{ jinja }}", "{{ .Prompt }}"),
     ],
 )
 def test_the_template_is_the_one_in_use(go: str, jinja: str, shown: str) -> None:
-    """Of two, the one that can do more."""
-    assert show(template=go, chat_template=jinja)["template"] == shown
+    """Which of two that is has been decided already."""
+    assert show(template="{{ .Other }}", go_template=go, chat_template=jinja)["template"] == shown

@@ -29,7 +29,7 @@ def detect(
 ) -> tuple[str, ...]:
     """`detect_capabilities` with everything optional."""
     return detect_capabilities(
-        metadata, template=template, chat_template=chat_template, has_projector=has_projector, declared=declared
+        metadata, go_template=template, chat_template=chat_template, has_projector=has_projector, declared=declared
     )
 
 
@@ -44,7 +44,7 @@ def test_the_demo_can_think_and_call_tools() -> None:
 def test_a_reranker_gives_scores_and_no_vectors() -> None:
     """It pools, but into one number, so it is of no use for embedding."""
     metadata = {"general.architecture": "bert", "bert.pooling_type": 4}
-    found = detect_capabilities(metadata, template="", chat_template="", has_projector=False, is_reranker=True)
+    found = detect_capabilities(metadata, go_template="", chat_template="", has_projector=False, is_reranker=True)
     assert found == ("rerank",)
 
 
@@ -147,7 +147,16 @@ def test_the_abler_template_is_used(template: str, chat_template: str, jinja: bo
 def test_only_the_template_in_use_counts() -> None:
     """What the other one could do is of no use to a client."""
     assert detect(template="{{ .Suffix }}", chat_template=JINJA_TOOLS) == ("completion", "insert")
-    assert detect(template=GO_TOOLS, chat_template=JINJA_THINKING) == ("completion", "tools", "thinking")
+    assert detect(chat_template=JINJA_THINKING) == ("completion", "tools", "thinking")
+
+
+def test_who_says_so_decides_before_the_templates_do() -> None:
+    """The operator, and a model made for a renderer; but a template that is missing cannot be used."""
+    assert prefers_chat_template(GO_TOOLS, JINJA_THINKING, go_templates=True) is False
+    assert prefers_chat_template(GO_TOOLS, "{{ messages }}", go_templates=False) is True
+    assert prefers_chat_template(GO_TOOLS, "{{ messages }}", renderer="qwen3.5") is True
+    assert prefers_chat_template(GO_TOOLS, "", renderer="qwen3.5", go_templates=False) is False
+    assert prefers_chat_template("", JINJA_TOOLS, go_templates=True) is True
 
 
 def test_what_the_config_declares_is_believed_if_it_is_known() -> None:

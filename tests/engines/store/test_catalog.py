@@ -78,12 +78,23 @@ def test_a_card_has_everything_that_ollama_stores(directory: OllamaDirectory, ca
     assert (card.context_length, card.embedding_length) == (2048, 64)
     assert (card.parent, card.requires) == ("base:latest", "0.14.0")
     assert (card.template, card.chat_template) == ("{{ .Messages }} {{ .Tools }}", "{{ messages }}")
+    assert card.go_template == card.template
     assert card.system == "Be kïnd."
     assert card.parameters == {"stop": ["<|x|>"], "temperature": 0.6, "num_ctx": 512}
     assert (card.sampling.stop, card.sampling.temperature, card.load.num_ctx) == (("<|x|>",), 0.6, 512)
     assert card.messages == (Message("user", "Hi"), Message("assistant", "Yes?"))
     assert card.licenses == ("MIT", "Apache")
     assert card.capabilities == ("completion", "tools", "vision")
+
+
+def test_the_operator_may_have_one_kind_of_template_alone(directory: OllamaDirectory) -> None:
+    """With it go the capabilities that are told."""
+    jinja, go = "{{ tools }}", "{{ .Messages }} {{ .Suffix }}"
+    weights = directory.layer("model", small_llama(tokenizer__chat_template=("str", jinja)))
+    directory.model("registry.ollama.ai/library/m/latest", [weights, directory.layer("template", go.encode())])
+    for says, template, capability in ((None, go, "insert"), (True, go, "insert"), (False, "", "tools")):
+        card = Catalog(directory.root, go_templates=says).find("m")
+        assert (card.go_template, card.capabilities) == (template, ("completion", capability))
 
 
 def test_the_header_answers_where_the_config_is_silent(directory: OllamaDirectory, catalog: Catalog) -> None:
