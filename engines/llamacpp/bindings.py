@@ -116,7 +116,6 @@ class Model:
         self.size_bytes = int(lib.llama_model_size(self.handle))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         self.is_recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
-        self.has_window = int(lib.llama_model_n_swa(self.handle)) > 0
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._ends: dict[int, bool] = {}
 
@@ -295,6 +294,7 @@ class Context:
         params.n_outputs_max = num_outputs  # rows of logits of a step; llama.cpp aborts when asked for more
         params.n_threads = params.n_threads_batch = num_threads
         params.kv_unified = True
+        params.swa_full = True  # the cells behind a sliding window stay, so that prefixes can be shared and kept
         params.no_perf = True
         params.type_k = params.type_v = _CACHE_TYPES[cache_type]
         if flash_attention is not None:

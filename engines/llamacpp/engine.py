@@ -165,9 +165,7 @@ class LlamaCppEngine(InferenceBackend):
         self._builder = PromptBuilder(
             template, _tokenizer(model), bos=bos if model.adds_bos else "", infill=model.infill_texts()
         )
-        # A sliding window's cells are overwritten once they are masked, so an old prefix may be there no longer; and
-        # recurrent memory is one state, of which no part can be taken.
-        shares_prefixes = not (model.is_recurrent or model.has_window)
+        shares_prefixes = not model.is_recurrent  # recurrent memory is one state, of which no part can be taken
         self._shelf = Shelf(config.shelf_memory_bytes, _open_disk(path, config)) if shares_prefixes else None
         self._scheduler = Scheduler(
             num_cells=self._context.num_cells,

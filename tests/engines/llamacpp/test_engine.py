@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from random_models import SHAPES, write_model
 
 from engines.errors import BadRequest, PromptTooLong
 from engines.events import (
@@ -367,3 +368,25 @@ async def test_what_is_kept_moves_together_and_is_still_what_it_was(tmp_path: Pa
     assert end_of(restored).usage.cached_tokens == end_of(restored).usage.prompt_tokens - 1
     assert stats.totals["restored_tokens"] > 0
     assert stats.num_free_cells == stats.num_cells
+
+
+@pytest.mark.parametrize("name", ["gemma3", "lfm2", "mamba"])
+async def test_other_memories_answer_the_same_with_and_without_what_they_kept(tmp_path: Path, name: str) -> None:
+    """A sliding window shares prefixes like any other cache; recurrent memory shares nothing, and is right too."""
+    shape = replace(SHAPES[name], window=64 if SHAPES[name].window else 0)
+    engine = LlamaCppEngine()
+    await engine.load(write_model(shape, tmp_path / "model.gguf"), replace(CONFIG, context_size=1024))
+    prompt = tuple(range(300, 500))
+    fields: dict[str, Any] = {"prompt_tokens": prompt, "sampling": replace(GREEDY, max_tokens=8, ignore_eos=True)}
+    cold = await ask(engine, **fields, logprobs=0)
+    warm = await ask(engine, **fields, logprobs=0)
+    longer = await ask(engine, **fields | {"prompt_tokens": (*prompt[:150], 7, 8, 9)}, logprobs=0)
+    fresh = LlamaCppEngine()
+    await fresh.load(tmp_path / "model.gguf", replace(CONFIG, context_size=1024))
+    reference = await ask(fresh, **fields | {"prompt_tokens": (*prompt[:150], 7, 8, 9)}, logprobs=0)
+    await engine.unload()
+    await fresh.unload()
+    assert (end_of(warm).usage.cached_tokens > 0) is (name == "gemma3")
+    for one, other in ((cold, warm), (longer, reference)):
+        assert [each.token for each in told_of(one)] == [each.token for each in told_of(other)]
+        assert [each.logprob for each in told_of(one)] == pytest.approx([t.logprob for t in told_of(other)], abs=0.05)
