@@ -71,7 +71,7 @@ async def test_whoever_closes_ends_the_work_and_waits_for_it() -> None:
 
 async def test_closing_all_ends_what_runs_and_starts_nothing_more() -> None:
     """Also what still waits for a thread."""
-    started = []
+    started: list[None] = []
 
     def work(report: Report) -> None:
         started.append(None)

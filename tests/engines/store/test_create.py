@@ -120,12 +120,20 @@ def test_what_is_not_said_is_inherited(store: Store) -> None:
     assert (config.context_length, config.model_family, config.model_families) == (5, "f", ("f", "llama"))
 
 
-def test_the_configs_bytes_are_ollamas(store: Store) -> None:
-    """The test vector of its own source."""
+def test_bytes_are_ollamas(store: Store) -> None:
+    """The test vectors of its own source (server/routes_create_test.go), for config, parameters and messages."""
     weights = store.directory.blob(gguf({"general.architecture": ("str", "test")}))
-    store.create(files={"x.gguf": weights})
-    digest = "sha256:99759ad5b91e723db0393d698ffbb448b1b7df5ff6377a108c49254583b1bc8c"
-    assert store.manifest().config.digest == digest
+    talk = (("assistant", "What is my purpose?"), ("user", "You run tests."), ("assistant", "Oh, my god."))
+    store.create(
+        files={"x.gguf": weights},
+        parameters={"temperature": 1.0, "top_k": 10, "stop": ["USER:", "ASSISTANT:"]},
+        messages=tuple(Message(role, text) for role, text in talk),
+    )
+    assert [layer.digest for layer in (store.manifest().config, *store.manifest().layers[1:])] == [
+        "sha256:99759ad5b91e723db0393d698ffbb448b1b7df5ff6377a108c49254583b1bc8c",
+        "sha256:1d0ad71299d48c2fb7ae2b98e683643e771f8a5b72be34942af90d97a91c1e37",
+        "sha256:298baeaf6928a60cf666d88d64a1ba606feb43a2865687c39e40652e407bffc4",
+    ]
 
 
 def test_a_model_from_files(store: Store) -> None:
