@@ -1,5 +1,6 @@
 import contextlib
 import ipaddress
+import os
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,12 @@ def test_any_value_is_read_or_refused(variable: str, value: str) -> None:
         assert 0 <= settings.port <= 65535
         assert settings.base_url.startswith("http://")
         assert settings.max_queue > 0
+
+
+def test_further_places_for_models() -> None:
+    """Folders are separated as in PATH; Docker's store has its usual place; blobs are pruned unless told otherwise."""
+    settings = Settings.from_env({"HEADWATER_MODELS_PATH": f"/a{os.pathsep}{os.pathsep}~/b", "OLLAMA_NOPRUNE": "1"})
+    assert settings.model_folders == (Path("/a"), Path.home() / "b")
+    assert settings.keeps_unused
+    assert Settings.from_env({}).docker_models == Path.home() / ".docker" / "models"
+    assert Settings.from_env({}).model_folders == ()
