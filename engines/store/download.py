@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 MAX_TRIES = 6
 """Of a part, one after another, none of which brings a single byte."""
 
+MAX_DOWNLOADS = 8
+"""At once, whoever they are for; others wait. A part has some MiB in memory."""
+
 WRITE_BYTES = 1 << 20
 REPORT_S = 0.06
 _LOCK_POLL_S = 0.25
@@ -51,13 +54,16 @@ class Download:
         num_callers: who wait for it.
     """
 
-    def __init__(self, models: Path, layer: Layer, repository: Repository, disk: Disk, pace: Pace) -> None:
+    def __init__(
+        self, models: Path, layer: Layer, repository: Repository, disk: Disk, pace: Pace, turns: asyncio.Semaphore
+    ) -> None:
         self._models = models
         self._layer = layer
         self._repository = repository
         self._disk = disk
         self._pace = pace
         self._blob = PartialBlob(models, layer.digest, layer.size, pace.min_part_bytes)
+        self._turns = turns
         self._places = asyncio.Semaphore(NUM_PARTS)
         self._arrived = asyncio.Event()
         self.num_callers = 0
@@ -97,21 +103,25 @@ class Download:
 
     async def _run(self) -> None:
         try:
-            if not await self._lock():
-                return None
-            if await self._disk.run(self._blob.open):
-                try:
-                    return await self._complete()
-                except WrongBlob:  # perhaps it was what an earlier download, from elsewhere, had left
-                    self._arrived.clear()
-                    await self._disk.run(self._blob.begin_afresh)
-            try:
-                await self._complete()
-            except WrongBlob:
-                await self._disk.run(self._blob.discard)
-                raise
+            if await self._lock():
+                async with self._turns:
+                    await self._go_on()
         finally:
             await self._disk.run(self._blob.close)
+
+    async def _go_on(self) -> None:
+        """Complete what an earlier download left, or all of the blob."""
+        if await self._disk.run(self._blob.open):
+            try:
+                return await self._complete()
+            except WrongBlob:  # perhaps what was left came from elsewhere
+                self._arrived.clear()
+                await self._disk.run(self._blob.begin_afresh)
+        try:
+            return await self._complete()
+        except WrongBlob:
+            await self._disk.run(self._blob.discard)
+            raise
 
     async def _complete(self) -> None:
         """Fetch what is missing and publish the blob."""
@@ -182,6 +192,7 @@ class Downloads:
         self._models = models
         self._disk = disk
         self._pace = pace
+        self._turns = asyncio.Semaphore(MAX_DOWNLOADS)
         self._running: dict[tuple[str, str], Download] = {}
 
     @asynccontextmanager
@@ -190,7 +201,7 @@ class Downloads:
         key = (repository.address, layer.digest)
         download = self._running.get(key)
         if download is None or download.task.done():
-            download = Download(self._models, layer, repository, self._disk, self._pace)
+            download = Download(self._models, layer, repository, self._disk, self._pace, self._turns)
             self._running[key] = download
         download.num_callers += 1
         try:

@@ -33,6 +33,8 @@ Content = Callable[[], AsyncIterator[bytes]]
 
 _MANIFESTS = f"{MANIFEST_TYPE}, {OCI_MANIFEST_TYPE}"
 _BINARY = "application/octet-stream"
+_NEAR = ("all://localhost", "all://127.0.0.1", "all://[::1]")
+"""Never asked through a proxy of the environment, as in Go."""
 _HOSTS = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 
 
@@ -285,6 +287,7 @@ def make_client(user_agent: str, *, verify: bool) -> httpx.AsyncClient:
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         timeout=httpx.Timeout(STALL_S, connect=CONNECT_S, pool=None),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+        mounts=dict.fromkeys(_NEAR),
     )
 
 

@@ -24,7 +24,7 @@ from registries import (
 )
 
 from engines.errors import RegistryDenied, RegistryError
-from engines.store import registry
+from engines.store import download, registry
 from engines.store.blobs import StoreNotWritable, blob_path
 from engines.store.manifests import manifest_path
 from engines.store.names import ModelName
@@ -340,6 +340,26 @@ async def test_damaged_notes_cost_a_download_and_no_more(tmp_path: Path, notes: 
         await pulled(mine, at(server.address))
     assert blob_path(tmp_path / "models", digest_of(DATA)).read_bytes() == DATA
     assert leftovers(tmp_path / "models") == []
+
+
+async def test_downloads_beyond_the_limit_wait_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many models are pulled at once, all arrive."""
+    monkeypatch.setattr(download, "MAX_DOWNLOADS", 2)
+    num_open = most_open = 0
+
+    async def answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_open, most_open
+        num_open += "/blobs/" in asked.target
+        most_open = max(most_open, num_open)
+        await asyncio.sleep(0.02)
+        await Shelf(asked.target.split("/")[3].encode()).answer(asked, writer)
+        num_open -= "/blobs/" in asked.target
+
+    async with scripted(answer) as server, transfers(tmp_path) as mine:
+        names = [ModelName(server.address, "library", f"m{number}", "latest") for number in range(6)]
+        ends = await asyncio.gather(*(pulled(mine, name) for name in names))
+    assert [end[-1].status for end in ends] == ["success"] * 6
+    assert most_open == 2
 
 
 async def test_what_somebody_else_left_does_not_spoil_a_pull(tmp_path: Path) -> None:
