@@ -62,7 +62,8 @@ def measure(options: BareOptions) -> BareRates:
     params = lib.llama_context_default_params()
     params.n_ctx = options.num_cells
     params.n_batch = options.num_batch
-    params.n_ubatch = min(options.num_batch, 512)
+    params.n_ubatch = min(options.num_batch, 128)
+    params.flash_attn_type = 0  # as fast as llama.cpp can on a processor: see engines.llamacpp.backend
     params.n_seq_max = params.n_outputs_max = options.num_sequences
     params.n_threads = params.n_threads_batch = options.num_threads or len(os.sched_getaffinity(0))
     params.kv_unified = True

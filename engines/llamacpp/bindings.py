@@ -281,6 +281,7 @@ class Context:
         num_cells: int,
         num_sequences: int,
         num_batch: int,
+        num_ubatch: int,
         num_outputs: int,
         num_threads: int,
         flash_attention: bool | None = None,
@@ -289,7 +290,7 @@ class Context:
         params = lib.llama_context_default_params()
         params.n_ctx = num_cells
         params.n_batch = num_batch
-        params.n_ubatch = min(num_batch, 512)
+        params.n_ubatch = num_ubatch
         params.n_seq_max = num_sequences
         params.n_outputs_max = num_outputs  # rows of logits of a step; llama.cpp aborts when asked for more
         params.n_threads = params.n_threads_batch = num_threads

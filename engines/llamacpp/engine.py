@@ -152,6 +152,7 @@ class LlamaCppEngine(InferenceBackend):
                 num_cells=layout.num_cells,
                 num_sequences=layout.num_slots,
                 num_batch=layout.num_batch,
+                num_ubatch=layout.num_ubatch,
                 num_outputs=layout.num_outputs,
                 num_threads=min(config.num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
                 flash_attention=config.flash_attention,

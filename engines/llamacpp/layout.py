@@ -21,18 +21,25 @@ MAX_MEASURED = 32
 MAX_BATCH = 8192
 """Tokens of a step beyond which nothing is won and everyone waits."""
 
+UBATCH = 512
+"""Tokens that llama.cpp computes at once, whatever the batch."""
+
+SMALL_UBATCH = 128
+"""The same without flash attention, where the scores of all cells are held at once; as fast, for a quarter of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """`num_ctx`: one request's window in tokens. `num_cells`: of all. `num_batch`: most tokens of one step.
 
-    `num_outputs`: most rows of logits of one step.
+    `num_ubatch`: tokens computed at once. `num_outputs`: most rows of logits of one step.
     """
 
     num_ctx: int
     num_cells: int
     num_slots: int
     num_batch: int
+    num_ubatch: int
     num_outputs: int
 
 
@@ -45,7 +52,8 @@ def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
     num_cells = num_ctx * max(config.num_parallel, 1)
     num_slots = min(max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES), MAX_SLOTS)
     num_batch = max(min(config.num_batch, num_cells, MAX_BATCH), num_slots)
-    return Layout(num_ctx, num_cells, num_slots, num_batch, num_slots + MAX_MEASURED)
+    num_ubatch = min(num_batch, SMALL_UBATCH if config.flash_attention is False else UBATCH)
+    return Layout(num_ctx, num_cells, num_slots, num_batch, num_ubatch, num_slots + MAX_MEASURED)
 
 
 def _window(asked: int | None, trained: int) -> int:

@@ -17,9 +17,6 @@ from engines.llamacpp.layout import Layout, lay_out
 from engines.store.gguf import GGUFHeader
 from engines.store.gguf_types import TENSOR_TYPES
 
-UBATCH = 512
-"""Tokens that llama.cpp computes at once, whatever the batch."""
-
 _PAD = 256  # llama-context.cpp pads n_ctx
 _F32, _F16 = 4, 2
 _PROCESS_BYTES = 62 << 20  # Python, the worker's modules, llama.cpp's code, arenas of its threads
@@ -91,7 +88,7 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
     The buffer is used again and again, so the largest moment counts: within a layer, or at the output, when the masks
     are no longer needed.
     """
-    num_tokens = min(UBATCH, layout.num_batch, _cells(layout))
+    num_tokens = min(layout.num_ubatch, _cells(layout))
     row = shape.num_vocab * _F32
     attention, feed_forward, recurrence = (
         num_tokens * _F32 * width
@@ -104,6 +101,10 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
     attends = any(layer.key_width for layer in shape.layers)
     masks = (1 + shape.has_window) * _cells(layout) * num_tokens * attends
     scores = 0 if uses_flash_attention else _cells(layout) * num_tokens * shape.num_heads * _F32 * attends
+    if not uses_flash_attention:  # where V is a view into K, it is copied to be transposed
+        scores += (
+            _cells(layout) * max((each.key_width for each in shape.layers if not each.value_width), default=0) * _F16
+        )
     masks *= _F16 if uses_flash_attention else _F32
     recurrence += layout.num_slots * shape.scan_width * _F32 if shape.inner_width else 0
     layer = masks + max(scores + attention, feed_forward, recurrence)

@@ -20,6 +20,8 @@ from processes import eventually, is_alive
 
 from engines.backend import BackendConfiguration
 from engines.errors import ModelLoadFailed, WorkerCrashed
+from engines.inference import LoadConfig
+from engines.llamacpp import backend as backend_module
 from engines.llamacpp.backend import LlamaCppBackend
 from engines.request import Mode
 
@@ -247,3 +249,21 @@ asyncio.run(backend.run(pathlib.Path({str(socket)!r}), "id", "name", Mode.COMPLE
         parent.wait()
     eventually(lambda: not is_alive(worker.pid))
     socket.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "has_gpu", "attention"),
+    [
+        (LoadConfig(), False, False),
+        (LoadConfig(), True, None),
+        (LoadConfig(gpu_layers=0), True, False),
+        (LoadConfig(cache_type="q8_0"), False, None),
+        (LoadConfig(flash_attention=True), False, True),
+    ],
+)
+def test_processors_do_without_flash_attention(
+    monkeypatch: pytest.MonkeyPatch, config: LoadConfig, has_gpu: bool, attention: bool | None
+) -> None:
+    """Unless somebody asks for it, or the cache needs it."""
+    monkeypatch.setattr(backend_module, "_has_library", lambda name: has_gpu)
+    assert backend_module._choose_attention(config).flash_attention is attention

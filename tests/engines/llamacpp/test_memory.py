@@ -18,7 +18,7 @@ from random_models import SHAPES, write_model
 from engines.errors import GGUFParseError
 from engines.inference import LoadConfig
 from engines.llamacpp.hparams import MAX_LAYERS, read_hyperparameters
-from engines.llamacpp.layout import lay_out
+from engines.llamacpp.layout import SMALL_UBATCH, lay_out
 from engines.llamacpp.memory import estimate
 from engines.model import TensorInfo
 from engines.store.gguf import GGUFHeader, merge_parts, read_header
@@ -28,13 +28,13 @@ CONFIG = LoadConfig(context_size=4096, num_parallel=4, num_sequences=32)
 
 MEASURE = """
 import ctypes, json, sys, psutil, llama_cpp as lib
-path, cells, slots, outputs, flash, kind = sys.argv[1], *map(int, sys.argv[2:])
+path, cells, slots, ubatch, outputs, flash, kind = sys.argv[1], *map(int, sys.argv[2:])
 lines = []
 log = lib.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
 lib.llama_log_set(log, ctypes.c_void_p(0))
 model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
 params = lib.llama_context_default_params()
-params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, 512, 512, slots
+params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, 512, ubatch, slots
 params.n_outputs_max = outputs
 params.kv_unified, params.flash_attn_type, params.type_k, params.type_v = True, flash, kind, kind
 context = lib.llama_init_from_model(model, params)
@@ -121,7 +121,7 @@ def test_parts_count_together() -> None:
 def test_without_flash_attention_the_scores_are_kept() -> None:
     """One for every pair of token and cell, and head."""
     on, off = (estimate(header(), LoadConfig(context_size=8192, flash_attention=on)) for on in (True, False))
-    assert off.compute_bytes - on.compute_bytes > 512 * 8192 * 4 * 4
+    assert off.compute_bytes > SMALL_UBATCH * 8192 * 4 * 4 > on.compute_bytes
 
 
 def test_accelerators_take_their_share_of_the_model() -> None:
@@ -150,7 +150,8 @@ def test_it_is_what_llama_cpp_allocates(
     )
     need = estimate(read_header(path, arrays=False), config)
     layout = lay_out(config, shape.num_ctx, is_recurrent=shape.is_recurrent)
-    numbers = (layout.num_cells, layout.num_slots, layout.num_outputs, int(flash_attention), number)
+    shape_of = (layout.num_cells, layout.num_slots, layout.num_ubatch, layout.num_outputs)
+    numbers = (*shape_of, int(flash_attention), number)
     argv = [sys.executable, "-c", MEASURE, str(path), *map(str, numbers)]
     said = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     sizes = {kind: float(size) for kind, size in re.findall(r"(\w+) buffer size = +([\d.]+) MiB", said)}
