@@ -34,10 +34,11 @@ Deliberate divergences from Ollama, each with its reason:
 - Token ids in `context` that are negative are refused at once; a null inside a list is refused instead of being empty.
 - An unexpected exception is a 500 with `{"error":"internal server error"}` and not with an empty body, which clients
   cannot read.
-- `insecure`, or `http://` before a name, allows plain http and any certificate where Ollama then speaks nothing but http:
-  https is tried first. Passwords of `docker login` and mirrors are used, Docker Hub is found, and OCI manifests are taken.
-- A stalled part of a pull is one of six failed tries, which count from the last byte that arrived. A push whose registry
-  lost its place begins again instead of spoiling the blob.
+- `insecure`, or `http://` before a name, allows plain http and any certificate where Ollama then speaks nothing but
+  http: https is tried first. Passwords of `docker login` and mirrors are used, Docker Hub is found, and OCI manifests
+  are taken.
+- A stalled part of a pull is one of six failed tries, which count from the last byte that arrived. A push whose
+  registry lost its place begins again instead of spoiling the blob.
 - A push of an invalid name is a 400 and no line of a stream; one of a missing model, asked for in one piece, is a 404.
 - Without a cloud, names that ask for it are refused as by an Ollama whose cloud is disabled.
 - Times of models and expiry have microseconds, not nanoseconds.

@@ -239,6 +239,7 @@ def check_harmless(path: Path, data: bytes) -> None:
             assert header.file_type
             assert header.parameter_size
         except GGUFParseError as error:
+            assert error.offset is not None
             failed_at = error.offset
         assert 0 <= failed_at <= len(data)
 
