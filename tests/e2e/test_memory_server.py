@@ -81,7 +81,7 @@ def test_two_models_that_do_not_fit_together_take_turns(tmp_path: Path) -> None:
     """Whichever is asked for is loaded, and the other goes."""
     install(tmp_path, "twin", [("model", DEMO.read_bytes() + b"\0")])
     install(tmp_path, "demo", [("model", DEMO.read_bytes())])
-    with house(tmp_path, HEADWATER_MEMORY_LIMIT="150MiB") as server:
+    with house(tmp_path, HEADWATER_MEMORY_LIMIT="110MiB") as server:
         for model in ("demo", "twin", "demo"):
             assert text(ask(server, model)) == PARIS
             loaded = [entry["name"] for entry in httpx.get(f"{server.url}/api/ps").json()["models"]]

@@ -384,16 +384,20 @@ def test_bad_input_gets_its_status_and_its_row(server: Server, path: str, body: 
     assert row["error_code"] == code
 
 
-def test_an_over_long_prompt_is_refused_in_each_dialects_words(server: Server) -> None:
-    """The window is named, and nothing was streamed."""
+def test_an_over_long_prompt_is_refused_in_each_dialects_words_or_cut(server: Server) -> None:
+    """The window is named, and nothing was streamed; where Ollama cuts the prompt, the answer says so."""
     words = "word " * 6000
     chat = {"model": "demo", "messages": [{"role": "user", "content": words}]}
     openai_reply = httpx.post(f"{server.url}/v1/chat/completions", json={**chat, "stream": True}, timeout=30)
     assert openai_reply.status_code == 400
     assert openai_reply.json()["error"]["code"] == "context_length_exceeded"
-    ollama_reply = httpx.post(f"{server.url}/api/chat", json=chat, timeout=30)
+    ollama_reply = httpx.post(f"{server.url}/api/chat", json={**chat, "truncate": False}, timeout=30)
     assert ollama_reply.status_code == 400
     assert "longer than the context length" in ollama_reply.json()["error"]
+    short = {"stream": False, "options": {"num_predict": 4}}
+    cut_reply = httpx.post(f"{server.url}/api/chat", json=chat | short, timeout=30).json()
+    assert cut_reply["truncated"] is True
+    assert cut_reply["prompt_eval_count"] < 4096 < cut_reply["prompt_tokens_sent"]
 
 
 def test_a_body_over_the_limit_is_refused(tmp_path: Path) -> None:
