@@ -297,7 +297,7 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(tmp_path: Path) 
 def test_what_outlasts_the_grace_time_ends_with_an_error_of_its_dialect(tmp_path: Path) -> None:
     """A stream gets a last line that says why, a queued request a real 503, and both are on record."""
     with serving(tmp_path, HEADWATER_SHUTDOWN_GRACE="1s", OLLAMA_NUM_PARALLEL="1") as server, asking(server) as client:
-        long = {"temperature": 1.5, "num_predict": 100000, "num_ctx": 4096, "seed": 1}
+        long = {"temperature": 1.5, "num_predict": 100000, "num_ctx": 4096, "seed": 1, "ignore_eos": True}
         stream = client.generate("demo", "Once upon a time", raw=True, stream=True, options={**long})
         next(stream)
         slow = {"model": "demo", "prompt": "x", "stream": False, "options": long}
