@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -317,14 +318,22 @@ async def test_a_seed_repeats_an_answer(worker: Worker) -> None:
 
 async def test_choices_differ_and_are_counted_together(worker: Worker) -> None:
     """Two answers to one prompt, which is counted once."""
-    request = ask("Tell me a story.", temperature=1.5, seed=7, max_tokens=20, num_choices=2)
+    request = ask("Tell me a story.", temperature=1.5, seed=7, max_tokens=20, num_choices=2, logprobs=0)
     reply, again = await asyncio.gather(answer(worker, request), answer(worker, replace(request, id="req_2")))
     assert reply.text(0) != reply.text(1)
     assert again.text(0) != again.text(1)
+    for index in (0, 1):
+        told = [
+            [each for e in r.events if isinstance(e, TextDelta) and e.index == index for each in e.logprobs]
+            for r in (reply, again)
+        ]
+        alike = list(takewhile(lambda pair: pair[0].token == pair[1].token, zip(*told, strict=False)))
+        assert len(alike) >= 5
+        assert all(one.logprob == pytest.approx(other.logprob, abs=0.05) for one, other in alike)
     finished = [event.index for event in reply.events if isinstance(event, ChoiceFinished)]
     assert sorted(finished) == [0, 1]
-    # No texts are compared with those of another batch: its shape decides the last bits of a logit, and those decide
-    # which of many names a story takes. That a seed repeats itself is tested where the batches are alike.
+    # Probabilities are compared and no texts: a batch's shape decides the last bits of a logit, and those decide which
+    # of many equally likely names a story takes.
     single = await answer(worker, replace(request, num_choices=1))
     usage = reply.finished.usage
     assert usage.prompt_tokens == single.finished.usage.prompt_tokens
