@@ -15,12 +15,13 @@ from engines.events import (
     Ranking,
     TextDelta,
     ThinkingDelta,
+    Tokenization,
     TokenLogprob,
     ToolCallDelta,
 )
 from engines.library import CreateRequest, Progress
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import EmbedRequest, GenerateRequest, RerankRequest
+from engines.request import EmbedRequest, GenerateRequest, RerankRequest, TokenizeRequest
 
 
 class Services(Protocol):
@@ -47,6 +48,12 @@ class Services(Protocol):
 
     async def render(self, request: GenerateRequest) -> str:
         """The prompt that `generate` would give to the model, as text. Raises as `generate` does."""
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """The token ids of a text, or the text of token ids; the model is loaded for it.
+
+        Raises as `generate` does, and BadRequest for an id that the model does not have.
+        """
 
     async def load(self, request: GenerateRequest) -> None:
         """Make the request's model resident without generating."""

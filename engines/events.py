@@ -159,5 +159,14 @@ class Ranking:
     timings: Timings
 
 
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """A text and its token ids, one of which was asked for."""
+
+    text: str
+    tokens: tuple[int, ...]
+    timings: Timings = Timings()
+
+
 Delta = TextDelta | ThinkingDelta | ToolCallDelta
 Event = Delta | PromptEcho | ChoiceFinished | Finished

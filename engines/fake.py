@@ -23,10 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from engines.errors import Cancelled, ModelLoadFailed, ModelNotFound, PromptTooLong
-from engines.events import ChoiceFinished, Event, Finished, FinishReason, TextDelta, Timings, Usage, Vector
+from engines.errors import BadRequest, Cancelled, ModelLoadFailed, ModelNotFound, PromptTooLong
+from engines.events import (
+    ChoiceFinished,
+    Event,
+    Finished,
+    FinishReason,
+    TextDelta,
+    Timings,
+    Tokenization,
+    Usage,
+    Vector,
+)
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
-from engines.request import EmbedRequest, GenerateRequest, RerankRequest
+from engines.request import EmbedRequest, GenerateRequest, RerankRequest, TokenizeRequest
 
 T = TypeVar("T")
 
@@ -145,6 +155,17 @@ class FakeEngine(InferenceBackend):
         documents = self._fit(documents, truncate=request.truncate)
         scores = [float(len({*query} & {*words})) for words in documents]
         return FakeComputation(self, [[*query, *words] for words in documents], scores)
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """One token for each character, its code point."""
+        self._require_loaded()
+        if request.text is not None:
+            return Tokenization(request.text, tuple(map(ord, request.text)))
+        tokens = request.tokens or ()
+        for token in tokens:
+            if token > sys.maxunicode:
+                raise BadRequest(f"token {token} is not in this model's vocabulary", param="tokens")
+        return Tokenization("".join(map(chr, tokens)), tokens)
 
     def _fit(self, inputs: list[list[str]], *, truncate: bool) -> list[list[str]]:
         self._require_loaded()

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engines.errors import ModelNotLoaded, UnsupportedFeature
-from engines.events import Event, Finished, TextDelta, Timings, Usage, Vector
-from engines.request import EmbedRequest, GenerateRequest, Message, Origin, RerankRequest, Sampling
+from engines.events import Event, Finished, TextDelta, Timings, Tokenization, Usage, Vector
+from engines.request import EmbedRequest, GenerateRequest, Message, Origin, RerankRequest, Sampling, TokenizeRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class LoadConfig:
         num_parallel: how many windows the KV cache must hold at once. num_sequences: most requests decoded together.
         num_batch: prompt tokens of one step. num_threads: 0 takes one for each core. use_mmap: None chooses.
         use_mlock: keep the weights from being swapped out. tensor_split: shares of each device, empty chooses.
-        flash_attention: None chooses. cache_type: of K and V, such as `f16` or `q8_0`.
+        unified_cache: whether requests share one pool of cells; else each has a window of its own where there are
+            enough of them. flash_attention: None chooses. cache_type: of K and V, such as `f16` or `q8_0`.
         parts: the files of a split model in order, empty for a single one. adapters: LoRA files, all active.
         step_limit_s: a step that takes longer hangs, and the worker ends itself.
         prefill_slowdown: how many times longer a step may take for those who decode when a prompt is read beside them.
@@ -49,6 +50,7 @@ class LoadConfig:
     use_mmap: bool | None = None
     use_mlock: bool = False
     tensor_split: tuple[float, ...] = ()
+    unified_cache: bool = True
     flash_attention: bool | None = None
     cache_type: str = "f16"
     parts: tuple[str, ...] = ()
@@ -220,6 +222,10 @@ class InferenceBackend(ABC):
     async def rerank(self, request: RerankRequest) -> Computation[Sequence[float]]:
         """Admit a request for one score for each document, in order. Raises what makes it impossible."""
         raise UnsupportedFeature("this engine does not rerank")
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """The token ids of a text, or the text of token ids. Raises BadRequest for an id that is none."""
+        raise UnsupportedFeature("this engine does not show its tokens")
 
     async def infer(self, prompt: str, options: ChatOptions = ChatOptions()) -> ChatResponse:
         """One whole answer to one user message."""

@@ -289,6 +289,26 @@ class EmbedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    """A text to cut into the model's token ids, or token ids to join to a text: exactly one of the two is given.
+
+    Attributes:
+        add_special: adds the tokens that the model puts around every text. parse_special: reads markers such as
+            `<|im_start|>` as control tokens and not as text. Both are for a text only.
+    """
+
+    id: str
+    model: str
+    origin: Origin
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    add_special: bool = False
+    parse_special: bool = True
+    load: LoadOptions = LoadOptions()
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RerankRequest:
     """Documents to score against one query.
 
@@ -307,3 +327,6 @@ class RerankRequest:
     priority: Priority = Priority.NORMAL
     load: LoadOptions = LoadOptions()
     keep_alive_s: float | None = None
+
+
+AnyRequest = GenerateRequest | EmbedRequest | RerankRequest | TokenizeRequest

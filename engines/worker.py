@@ -46,6 +46,7 @@ from engines.wire import (
     encode_event,
     encode_prompt,
 )
+from engines.wire_tokens import DETOKENIZE_PATH, TOKENIZE_PATH, decode_tokenize, encode_tokenization
 from engines.wire_vectors import (
     EMBED_PATH,
     RERANK_PATH,
@@ -90,6 +91,8 @@ class Worker:
                 Route(EMBED_PATH, self.embed, methods=["POST"]),
                 Route(RERANK_PATH, self.rerank, methods=["POST"]),
                 Route(RENDER_PATH, self.render, methods=["POST"]),
+                Route(TOKENIZE_PATH, self.tokenize, methods=["POST"]),
+                Route(DETOKENIZE_PATH, self.tokenize, methods=["POST"]),
                 Route("/cancel/{id}", self.cancel, methods=["POST"]),
             ],
             exception_handlers={HeadwaterError: _error_response},
@@ -129,6 +132,13 @@ class Worker:
         request = decode_rerank(await http.body(), **_named(http))
         computation = await self._admit(request, self._engine.rerank)
         return await self._compute(http, request.id, computation, encode_ranking)
+
+    async def tokenize(self, http: Request) -> Response:
+        """Token ids of a text, or the text of token ids."""
+        request = decode_tokenize(await http.body(), **_named(http))
+        self._check(request.model)
+        found = await self._engine.tokenize(request)
+        return Response(encode_tokenization(request, found), media_type="application/json")
 
     def _check(self, model: str) -> None:
         if model not in self._names:
@@ -269,13 +279,14 @@ def make_engine(name: str, mode: Mode) -> InferenceBackend:
         from engines.fake import FakeEngine  # noqa: PLC0415  # no other engine's libraries
 
         return FakeEngine()
+    from engines.llamacpp.tokenizing import (  # noqa: PLC0415  # the fake must not load llama.cpp
+        TokenizingCompletionEngine,
+        TokenizingEmbeddingEngine,
+    )
+
     if mode is not Mode.COMPLETION:
-        from engines.llamacpp.embedding import EmbeddingEngine  # noqa: PLC0415  # the fake must not load llama.cpp
-
-        return EmbeddingEngine(mode, on_failure=lambda error: os._exit(1))
-    from engines.llamacpp.engine import LlamaCppEngine  # noqa: PLC0415  # as above
-
-    return LlamaCppEngine(on_failure=lambda error: os._exit(1))
+        return TokenizingEmbeddingEngine(mode, on_failure=lambda error: os._exit(1))
+    return TokenizingCompletionEngine(on_failure=lambda error: os._exit(1))
 
 
 def _watch(engine: InferenceBackend, config: LoadConfig) -> None:

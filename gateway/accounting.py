@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from compat.services import Refusal
 from engines.errors import Cancelled
 from engines.events import FinishReason, Timings, Usage
-from engines.request import EmbedRequest, GenerateRequest, Mode, Origin, RerankRequest
+from engines.request import AnyRequest, GenerateRequest, Mode, Origin
 from engines.wire import ORIGIN_HEADER, REQUEST_ID_HEADER
 from gateway.logs import request_context
 from gateway.metrics import Metrics
@@ -71,7 +71,7 @@ class Accounts:
         """Start an account."""
         self._open[account.id] = account
 
-    def claim(self, request: GenerateRequest | EmbedRequest | RerankRequest, *, mode: Mode) -> Account:
+    def claim(self, request: AnyRequest, *, mode: Mode) -> Account:
         """The account of a request that is about to be served.
 
         One HTTP request may hold several prompts, each a request of its own with its own id and account.

@@ -15,9 +15,19 @@ from functools import partial
 from typing import Any, TypeVar
 
 from engines.errors import Cancelled, HeadwaterError, UnsupportedCapability
-from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, Timings, Usage
+from engines.events import (
+    ChoiceFinished,
+    Embeddings,
+    Event,
+    Finished,
+    FinishReason,
+    Ranking,
+    Timings,
+    Tokenization,
+    Usage,
+)
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
+from engines.request import AnyRequest, EmbedRequest, GenerateRequest, Mode, RerankRequest, TokenizeRequest
 from engines.store.catalog import Catalog
 from gateway.accounting import CLIENT_GONE, Account, Accounts
 from gateway.pool import Pool
@@ -26,7 +36,6 @@ from gateway.runner import Reply, Runner
 
 log = logging.getLogger(__name__)
 
-AnyRequest = GenerateRequest | EmbedRequest | RerankRequest
 Q = TypeVar("Q", EmbedRequest, RerankRequest)
 A = TypeVar("A", Embeddings, Ranking)
 T = TypeVar("T")
@@ -158,11 +167,24 @@ class Dispatch:
     async def render(self, request: GenerateRequest) -> str:
         """The prompt that the request's model would be given; the model is loaded for it."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
+        prompt, _ = await self._look_up(account, request, lambda runner, card: runner.render(_complete(request, card)))
+        return prompt
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """The token ids of a text, or the text of token ids, by any runner that has the request's model."""
+        account = self._accounts.claim(request, mode=Mode.COMPLETION)
+        found, timings = await self._look_up(account, request, lambda runner, card: runner.tokenize(request))
+        return replace(found, timings=timings)
+
+    async def _look_up(
+        self, account: Account, request: AnyRequest, ask: Callable[[Runner, ModelCard], Awaitable[T]]
+    ) -> tuple[T, Timings]:
+        """Ask a runner what costs no tokens; on record as a load, which is all that it may have needed."""
         try:
             card = await self._identify(account, request)
             lease = await self._acquire(account, request, card)
             try:
-                prompt = await lease.runner.render(_complete(request, card))
+                answer = await ask(lease.runner, card)
             finally:
                 self._pool.release(lease.resident)
         except HeadwaterError as error:
@@ -170,7 +192,7 @@ class Dispatch:
             raise
         timings = _timings(Timings(), lease, account, ttft_s=0.0)
         await self._accounts.settle(account, status=200, reason=FinishReason.LOAD.value, timings=timings)
-        return prompt
+        return answer, timings
 
     async def unload(self, request: GenerateRequest) -> None:
         """Unload the request's model once its running requests are done."""
@@ -188,6 +210,9 @@ class Dispatch:
         account.is_waiting = True
         try:
             key = self._key(request, card, Mode(account.mode))
+            if isinstance(request, TokenizeRequest):  # its answer is the same whatever the model was loaded for
+                key = self._pool.key_of(card.residency) or replace(key, mode=_mode_of(card))
+                account.mode = key.mode.value
             return await self._pool.acquire(key, card, request.keep_alive_s)
         finally:
             account.is_waiting = False
@@ -222,6 +247,13 @@ def _require(card: ModelCard, mode: Mode) -> None:
     can_rank = "rerank" in card.capabilities
     if can_rank is not (mode is Mode.RERANKING):
         raise UnsupportedCapability(card.name, "embedding" if can_rank else "rerank")
+
+
+def _mode_of(card: ModelCard) -> Mode:
+    """What a model is mostly loaded for."""
+    if "rerank" in card.capabilities:
+        return Mode.RERANKING
+    return Mode.COMPLETION if "completion" in card.capabilities else Mode.EMBEDDING
 
 
 async def _load_only(runner: Runner, request: EmbedRequest) -> Embeddings:

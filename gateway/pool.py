@@ -90,6 +90,12 @@ class Pool(Generic[R]):
         """Every request that waits, in order of arrival."""
         return self._assignment.waiting
 
+    def key_of(self, model: str) -> RunnerKey | None:
+        """The key of a runner that has a model, or is about to, whatever for; a ready one's if there is one."""
+        taking = [r for r in self.residents if r.key.model == model and r.takes_work]
+        found = min(taking, key=lambda r: r.state is not State.READY, default=None)
+        return found.key if found is not None else None
+
     async def acquire(self, key: RunnerKey, card: ModelCard, keep_alive_s: float | None = None) -> Lease[R]:
         """A place on a runner that serves `key`, loading the model if needed.
 

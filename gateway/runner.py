@@ -18,8 +18,8 @@ import msgspec
 
 from engines.backend import Backend, BackendConfiguration
 from engines.errors import HeadwaterError, ModelLoadFailed, ServerBusy, UnsupportedCapability, WorkerCrashed
-from engines.events import Embeddings, Event, Ranking, Timings, Usage
-from engines.request import EmbedRequest, GenerateRequest, Mode, RerankRequest
+from engines.events import Embeddings, Event, Ranking, Timings, Tokenization, Usage
+from engines.request import AnyRequest, EmbedRequest, GenerateRequest, Mode, RerankRequest, TokenizeRequest
 from engines.wire import (
     DONE,
     ORIGIN_HEADER,
@@ -32,6 +32,7 @@ from engines.wire import (
     encode_request,
     path_of,
 )
+from engines.wire_tokens import decode_tokenization, encode_tokenize, tokenize_path_of
 from engines.wire_vectors import (
     EMBED_PATH,
     RERANK_PATH,
@@ -207,7 +208,12 @@ class Runner:
         """The scores of a request. Raises as `embed` does."""
         return decode_ranking(await self._compute(request, RERANK_PATH, encode_rerank(request, self.model)))
 
-    async def _compute(self, request: GenerateRequest | EmbedRequest | RerankRequest, path: str, body: bytes) -> bytes:
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """A text with its token ids. Raises as `embed` does."""
+        body = encode_tokenize(request, self.model)
+        return decode_tokenization(request, await self._compute(request, tokenize_path_of(request), body))
+
+    async def _compute(self, request: AnyRequest, path: str, body: bytes) -> bytes:
         headers = {ORIGIN_HEADER: request.origin.surface, REQUEST_ID_HEADER: request.id}
         try:
             response = await self._client.send("POST", path, body, headers)

@@ -20,7 +20,7 @@ VOCABULARY = (
     *("engines.request", "engines.events", "engines.errors", "engines.options", "engines.model"),
     "engines.library",
 )
-WIRE = ("engines.wire", "engines.wire_vectors")
+WIRE = ("engines.wire", "engines.wire_tokens", "engines.wire_vectors")
 HOUSE = ("compat.*", "engines.backend", *WIRE, "engines.store.*", "engines.chat.*", *VOCABULARY)
 """What the gateway builds on: nothing that runs a model in this process."""
 
@@ -105,7 +105,7 @@ TABLE = [
 
 DIALECT_WORK = (
     *("compat.*.parse", "compat.*.render", "compat.*.schema", "compat.*.decode", "compat.*.errors"),
-    *("compat.*.embeddings", "compat.*.rerank", "compat.relevance", "compat.vectors"),
+    *("compat.*.embeddings", "compat.*.rerank", "compat.*.tokens", "compat.relevance", "compat.vectors"),
 )
 OUTSIDE_WORLD = {"asyncio", "os", "pathlib", "socket", "subprocess", "threading"}
 CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "datetime.now", "datetime.utcnow", "date.today"}

@@ -24,6 +24,8 @@ Deliberate divergences from Ollama, each with its reason:
   whatever they are, so that one with a wrong type or out of range is ignored here too.
 - A completion model makes embeddings, the mean of its hidden states; Ollama loads it and then refuses. A request has
   16,384 texts at most. The old `/api/embeddings` looks for a model's name in any case of letters.
+- `/api/tokenize` and `/api/detokenize` exist (`tokens.py` says in whose words). `options` count where the model has to
+  be loaded; a model that is there for whatever purpose answers as it is.
 - `/api/rerank` exists, and `rerank` is a capability, told instead of `embedding`, since a reranker makes no vectors.
 - `create` keeps an uploaded GGUF as it is, where Ollama writes every one anew; only parts of a split model are written,
   as one file. It quantizes to more types than Ollama, and F32 weights that do not say so too. A chat template that is

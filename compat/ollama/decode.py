@@ -20,6 +20,7 @@ from compat.ollama.gojson import decode_first, quote
 from compat.ollama.images import decode_image
 from compat.ollama.manage import CopyBody, CreateBody, DeleteBody, TransferBody
 from compat.ollama.schema import ChatBody, GenerateBody, GenerationBody, KeepAlive, ShowBody
+from compat.ollama.tokens import DetokenizeBody, TokenizeBody
 from engines.errors import BadRequest
 from engines.request import JSON
 
@@ -28,7 +29,7 @@ _G = TypeVar("_G", bound=GenerationBody)
 
 _BODIES = (
     *(ChatBody, GenerateBody, ShowBody, EmbedBody, EmbeddingsBody, RerankBody),
-    *(CreateBody, CopyBody, DeleteBody, TransferBody),
+    *(CreateBody, CopyBody, DeleteBody, TransferBody, TokenizeBody, DetokenizeBody),
 )
 _TYPES: dict[type, inspect.Type] = {kind: inspect.type_info(kind) for kind in _BODIES}
 _FOLDED = (inspect.StructType, inspect.ListType, inspect.DictType)
@@ -70,6 +71,16 @@ def decode_embeddings(data: bytes) -> EmbeddingsBody:
 def decode_rerank(data: bytes) -> RerankBody:
     """The body of a reranking. Raises BadRequest."""
     return _decode(RerankBody, "RerankRequest", data)
+
+
+def decode_tokenize(data: bytes) -> TokenizeBody:
+    """The body of a request for token ids. Raises BadRequest."""
+    return _decode(TokenizeBody, "TokenizeRequest", data)
+
+
+def decode_detokenize(data: bytes) -> DetokenizeBody:
+    """The body of a request for the text of token ids. Raises BadRequest."""
+    return _decode(DetokenizeBody, "DetokenizeRequest", data)
 
 
 def decode_create(data: bytes) -> CreateBody:

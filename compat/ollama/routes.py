@@ -17,11 +17,13 @@ from starlette.routing import BaseRoute
 from compat.body import decode_body
 from compat.ollama.decode import (
     decode_chat,
+    decode_detokenize,
     decode_embed,
     decode_embeddings,
     decode_generate,
     decode_rerank,
     decode_show,
+    decode_tokenize,
 )
 from compat.ollama.embeddings import (
     explain_embed,
@@ -42,6 +44,7 @@ from compat.ollama.parse import parse_chat, parse_generate, parse_unload
 from compat.ollama.render import ChatObjects, GenerateObjects, Reply
 from compat.ollama.schema import GenerationBody, VersionReply
 from compat.ollama.show import render_show
+from compat.ollama.tokens import parse_detokenize, parse_tokenize, render_detokenize, render_tokenize
 from compat.ollama.transport import json_response, report, required, route, with_redirect
 from compat.services import Answer, Services, collect
 from compat.streams import NDJSONResponse, aclose, while_connected
@@ -62,6 +65,8 @@ _SURFACES = {
     "/api/embed": "ollama/embedding",
     "/api/embeddings": "ollama/embedding",
     "/api/rerank": "rerank",
+    "/api/tokenize": "ollama/tokenize",
+    "/api/detokenize": "ollama/tokenize",
 }
 _COPILOT = "GitHubCopilotChat/"
 
@@ -106,6 +111,8 @@ class OllamaRoutes:
             *with_redirect("/api/embed", self.embed, "POST"),
             *with_redirect("/api/embeddings", self.embeddings, "POST"),
             *with_redirect("/api/rerank", self.rerank, "POST"),
+            *with_redirect("/api/tokenize", self.tokenize, "POST"),
+            *with_redirect("/api/detokenize", self.detokenize, "POST"),
         ]
 
     async def root(self, http: Request) -> Response:
@@ -194,6 +201,22 @@ class OllamaRoutes:
         except BadRequest as error:
             raise explain_embed(error, truncate=body.truncate) from None
         return json_response(render_rerank(body, card, ranking))
+
+    async def tokenize(self, http: Request) -> Response:
+        """`POST /api/tokenize`."""
+        body = await decode_body(http, self._body_limit_bytes, decode_tokenize)
+        refuse_cloud(required(body.model))
+        request = parse_tokenize(body, request_id=http.state.request_id, origin=http.state.origin)
+        found = await while_connected(http.receive, self._services.tokenize(request))
+        return json_response(render_tokenize(body, found))
+
+    async def detokenize(self, http: Request) -> Response:
+        """`POST /api/detokenize`."""
+        body = await decode_body(http, self._body_limit_bytes, decode_detokenize)
+        refuse_cloud(required(body.model))
+        request = parse_detokenize(body, request_id=http.state.request_id, origin=http.state.origin)
+        found = await while_connected(http.receive, self._services.tokenize(request))
+        return json_response(render_detokenize(body, found))
 
     async def _find_to_embed(self, name: str) -> ModelCard:
         if not name:

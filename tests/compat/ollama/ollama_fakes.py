@@ -19,9 +19,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from compat.ollama.routes import OllamaRoutes
 from compat.ollama.transport import http_error_response
 from engines.errors import InvalidModelName, ModelNotFound
-from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, TextDelta, Timings, Usage
+from engines.events import (
+    ChoiceFinished,
+    Embeddings,
+    Event,
+    Finished,
+    FinishReason,
+    Ranking,
+    TextDelta,
+    Timings,
+    Tokenization,
+    Usage,
+)
 from engines.model import ModelCard, ModelDescription, RunnerStatus, TensorInfo
-from engines.request import EmbedRequest, GenerateRequest, Mode, Origin, RerankRequest
+from engines.request import EmbedRequest, GenerateRequest, Mode, Origin, RerankRequest, TokenizeRequest
 
 ORIGIN = Origin(surface="ollama/completion", caller="tester")
 BODY_LIMIT_BYTES = 100_000
@@ -123,6 +134,7 @@ class FakeServices:
         self.requests: list[GenerateRequest] = []
         self.embeds: list[EmbedRequest] = []
         self.reranks: list[RerankRequest] = []
+        self.tokenizations: list[TokenizeRequest] = []
         self.loads: list[GenerateRequest] = []
         self.unloads: list[GenerateRequest] = []
         self.playbacks: list[Playback] = []
@@ -162,6 +174,14 @@ class FakeServices:
         if self.refusal is not None:
             raise self.refusal
         return "<user>hi"
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """One token for each character. Or the refusal."""
+        self.tokenizations.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        text = request.text if request.text is not None else "".join(map(chr, request.tokens or ()))
+        return Tokenization(text, tuple(map(ord, text)), TIMINGS)
 
     async def load(self, request: GenerateRequest) -> None:
         """Remember, or refuse."""

@@ -16,9 +16,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from compat.openai.routes import OpenAIRoutes, http_error_response
 from engines.errors import ModelNotFound
-from engines.events import ChoiceFinished, Embeddings, Event, Finished, FinishReason, Ranking, TextDelta, Timings, Usage
+from engines.events import (
+    ChoiceFinished,
+    Embeddings,
+    Event,
+    Finished,
+    FinishReason,
+    Ranking,
+    TextDelta,
+    Timings,
+    Tokenization,
+    Usage,
+)
 from engines.model import ModelCard, ModelDescription, RunnerStatus
-from engines.request import EmbedRequest, GenerateRequest, Origin, RerankRequest
+from engines.request import EmbedRequest, GenerateRequest, Origin, RerankRequest, TokenizeRequest
 
 ORIGIN = Origin(surface="openai/chat", caller="tester")
 BODY_LIMIT_BYTES = 100_000
@@ -156,6 +167,10 @@ class FakeServices:
             raise self.refusal
         scores = tuple(float(len(text)) - 2 for text in request.documents)
         return Ranking(scores, Usage(prompt_tokens=3 * len(scores)), Timings(total_s=0.5))
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """Never asked for by this dialect."""
+        raise NotImplementedError
 
     def list_runners(self) -> list[RunnerStatus]:
         """Never asked for by this dialect."""
