@@ -96,6 +96,8 @@ def test_surfaces_are_those_of_inference() -> None:
         "/api/embed": "ollama/embedding",
         "/api/embeddings": "ollama/embedding",
         "/api/rerank": "rerank",
+        "/api/tokenize": "ollama/tokenize",
+        "/api/detokenize": "ollama/tokenize",
     }
 
 
