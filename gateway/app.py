@@ -122,7 +122,7 @@ class House:
             max_residents=settings.max_loaded_models,
             places=settings.num_parallel or AUTO_PLACES,
             max_waiting=settings.max_queue,
-            keep_alive_s=settings.keep_alive_s,
+            keep_alive_s=min(settings.keep_alive_s, settings.max_keep_alive_s),
             load_timeout_s=settings.load_timeout_s,
             measure=self._measure,
             capacity=Memory(settings.memory_limit_bytes).capacity_bytes,
@@ -132,7 +132,7 @@ class House:
             self.pool,
             self.accounts,
             backend=self.backend.name,
-            num_ctx=settings.context_length,
+            policy=settings.load_policy,
         )
         self.jobs, self.disk = Jobs(), Disk()
         writer = StoreWriter(settings.models, keeps_unused=settings.keeps_unused)

@@ -30,6 +30,7 @@ from engines.model import ModelCard, ModelDescription, RunnerStatus
 from engines.request import AnyRequest, EmbedRequest, GenerateRequest, Mode, RerankRequest, TokenizeRequest
 from engines.store.catalog import Catalog
 from gateway.accounting import CLIENT_GONE, Account, Accounts
+from gateway.policy import LoadPolicy
 from gateway.pool import Pool
 from gateway.residents import Lease, RunnerKey
 from gateway.runner import Reply, Runner
@@ -38,27 +39,32 @@ log = logging.getLogger(__name__)
 
 Q = TypeVar("Q", EmbedRequest, RerankRequest)
 A = TypeVar("A", Embeddings, Ranking)
+L = TypeVar("L", GenerateRequest, TokenizeRequest)
+M = TypeVar("M", GenerateRequest, EmbedRequest, RerankRequest, TokenizeRequest)
 T = TypeVar("T")
-
-DEFAULT_NUM_CTX = 4096
-MIN_NUM_CTX = 4
 
 
 class Dispatch:
     """The house as the dialects see it.
 
     Args:
-        num_ctx: window where neither request nor model says one; 0 lets us choose.
+        policy: what clients may choose of how models are loaded.
     """
 
     def __init__(
-        self, catalog: Catalog, pool: Pool[Runner], accounts: Accounts, *, backend: str, num_ctx: int = 0
+        self,
+        catalog: Catalog,
+        pool: Pool[Runner],
+        accounts: Accounts,
+        *,
+        backend: str,
+        policy: LoadPolicy,
     ) -> None:
         self._catalog = catalog
         self._pool = pool
         self._accounts = accounts
         self._backend = backend
-        self._num_ctx = num_ctx or DEFAULT_NUM_CTX
+        self._policy = policy
 
     async def find(self, name: str) -> ModelCard:
         """The model of that name."""
@@ -80,7 +86,7 @@ class Dispatch:
         """Admit a request and return its events."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
         try:
-            card = await self._identify(account, request)
+            request, card = await self._meet(account, request)
             lease = await self._acquire(account, request, card)
             reply = await self._submit(account, lease, _complete(request, card), lease.runner.generate)
         except HeadwaterError as error:
@@ -104,11 +110,10 @@ class Dispatch:
         """Do all of a request at once; it is on record when this returns or raises."""
         account = self._accounts.claim(request, mode=mode)
         try:
-            card = await self._identify(account, request)
+            request, card = await self._meet(account, request)
             _require(card, mode)
             lease = await self._acquire(account, request, card)
-            complete = replace(request, load=request.load.over(card.load))
-            answer = await self._submit(account, lease, complete, partial(run, lease.runner))
+            answer = await self._submit(account, lease, request, partial(run, lease.runner))
         except HeadwaterError as error:
             await self._refuse(account, error)
             raise
@@ -155,7 +160,7 @@ class Dispatch:
         """Make the request's model resident without generating."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
         try:
-            card = await self._identify(account, request)
+            request, card = await self._meet(account, request)
             lease = await self._acquire(account, request, card)
         except HeadwaterError as error:
             await self._refuse(account, error)
@@ -167,24 +172,24 @@ class Dispatch:
     async def render(self, request: GenerateRequest) -> str:
         """The prompt that the request's model would be given; the model is loaded for it."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
-        prompt, _ = await self._look_up(account, request, lambda runner, card: runner.render(_complete(request, card)))
+        prompt, _ = await self._look_up(account, request, _render)
         return prompt
 
     async def tokenize(self, request: TokenizeRequest) -> Tokenization:
         """The token ids of a text, or the text of token ids, by any runner that has the request's model."""
         account = self._accounts.claim(request, mode=Mode.COMPLETION)
-        found, timings = await self._look_up(account, request, lambda runner, card: runner.tokenize(request))
+        found, timings = await self._look_up(account, request, _tokenize)
         return replace(found, timings=timings)
 
     async def _look_up(
-        self, account: Account, request: AnyRequest, ask: Callable[[Runner, ModelCard], Awaitable[T]]
+        self, account: Account, request: L, ask: Callable[[Runner, L, ModelCard], Awaitable[T]]
     ) -> tuple[T, Timings]:
         """Ask a runner what costs no tokens; on record as a load, which is all that it may have needed."""
         try:
-            card = await self._identify(account, request)
+            request, card = await self._meet(account, request)
             lease = await self._acquire(account, request, card)
             try:
-                answer = await ask(lease.runner, card)
+                answer = await ask(lease.runner, request, card)
             finally:
                 self._pool.release(lease.resident)
         except HeadwaterError as error:
@@ -200,6 +205,11 @@ class Dispatch:
         card = await self._identify(account, request)
         self._pool.unload(card.residency)
         await self._accounts.settle(account, status=200, reason=FinishReason.UNLOAD.value)
+
+    async def _meet(self, account: Account, request: M) -> tuple[M, ModelCard]:
+        """The request as it may be, and its model."""
+        card = await self._identify(account, request)
+        return self._policy.apply(request, card), card
 
     async def _identify(self, account: Account, request: AnyRequest) -> ModelCard:
         card = await self.find(request.model)
@@ -218,16 +228,13 @@ class Dispatch:
             account.is_waiting = False
 
     def _key(self, request: AnyRequest, card: ModelCard, mode: Mode = Mode.COMPLETION) -> RunnerKey:
-        """Which runner can serve a request: its window is bounded by what the model was trained with."""
-        options = request.load.over(card.load)
-        wanted = max(options.num_ctx or self._num_ctx, MIN_NUM_CTX)
-        num_ctx = min(wanted, card.context_length) if card.context_length else wanted
+        """Which runner can serve a request that has met its model."""
         return RunnerKey(
             backend=self._backend,
             model=card.residency,
             mode=mode,
-            options=replace(options, num_ctx=None),
-            num_ctx=num_ctx,
+            options=replace(request.load, num_ctx=None),
+            num_ctx=self._policy.window(request.load, card),
         )
 
     async def _refuse(self, account: Account, error: HeadwaterError) -> None:
@@ -239,7 +246,15 @@ def _complete(request: GenerateRequest, card: ModelCard) -> GenerateRequest:
     """The request with what the model and the dialect say where the client said nothing."""
     sampling = request.sampling.over(card.sampling).over(request.defaults)
     template = (card.go_template or None) if request.template is None else request.template
-    return replace(request, sampling=sampling, load=request.load.over(card.load), template=template)
+    return replace(request, sampling=sampling, template=template)
+
+
+async def _render(runner: Runner, request: GenerateRequest, card: ModelCard) -> str:
+    return await runner.render(_complete(request, card))
+
+
+async def _tokenize(runner: Runner, request: TokenizeRequest, card: ModelCard) -> Tokenization:
+    return await runner.tokenize(request)
 
 
 def _require(card: ModelCard, mode: Mode) -> None:

@@ -110,8 +110,15 @@ class Resident(Generic[R]):
         return self.keep_alive_s == FOREVER, self.last_used
 
     def serves(self, key: RunnerKey) -> bool:
-        """Whether a request with `key` can run here: the same, or the same with a larger window."""
-        return self.key.num_ctx >= key.num_ctx and replace(self.key, num_ctx=key.num_ctx) == key
+        """Whether a request with `key` can run here: the same, or the same with a larger window.
+
+        As in Ollama, who leaves open how many layers are offloaded takes any number (`spec/ollama.md` section 3).
+        """
+        options = key.options
+        if options.num_gpu is None:
+            options = replace(options, num_gpu=self.key.options.num_gpu)
+        same = replace(self.key, num_ctx=key.num_ctx) == replace(key, options=options)
+        return same and self.key.num_ctx >= key.num_ctx
 
 
 @dataclass(eq=False, slots=True)

@@ -21,6 +21,7 @@ from compat.browser import parse_origins
 from compat.keep_alive import parse_keep_alive
 from engines.errors import BadRequest
 from engines.store.names import DEFAULT_HOST
+from gateway.policy import PINNABLE, LoadPolicy
 
 T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -61,6 +62,8 @@ class Settings:
         num_parallel: requests a model serves at once; 0 lets the server choose.
         max_loaded_models: models resident at once. max_queue: requests that may wait for a model or a place.
         context_length: window where neither request nor model says one; 0 lets the server choose.
+        max_context: the largest window of any request, 0 for no limit. max_keep_alive_s: how long an idle model stays
+            at most, whatever a request says. pinned_options: what requests cannot choose (`gateway.policy`).
         go_templates: which of two templates of a model is used; None leaves it to them.
         flash_attention: None lets the engine choose. cache_type: of the K and V that are kept. use_mlock: keep weights
             from being swapped out. tensor_split: shares of each GPU. memory_limit_bytes: of all models together, 0 lets
@@ -87,6 +90,9 @@ class Settings:
     max_loaded_models: int
     max_queue: int
     context_length: int
+    max_context: int
+    max_keep_alive_s: float
+    pinned_options: frozenset[str]
     go_templates: bool | None
     flash_attention: bool | None
     cache_type: str
@@ -107,6 +113,11 @@ class Settings:
         """Where a client on this machine reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104  # a name, not a bind
         return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+
+    @property
+    def load_policy(self) -> LoadPolicy:
+        """What clients may choose of how models are loaded."""
+        return LoadPolicy(self.context_length, self.max_context, self.max_keep_alive_s, self.pinned_options)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -133,6 +144,13 @@ class Settings:
             max_loaded_models=read("OLLAMA_MAX_LOADED_MODELS", "0", _count, "a whole number, 0 to choose") or 3,
             max_queue=read("OLLAMA_MAX_QUEUE", "512", _positive, "a whole number above 0"),
             context_length=read("OLLAMA_CONTEXT_LENGTH", "0", _count, "a number of tokens, 0 to choose"),
+            max_context=read("HEADWATER_MAX_CONTEXT", "0", _count, "a number of tokens, 0 for no limit"),
+            max_keep_alive_s=read(
+                "HEADWATER_MAX_KEEP_ALIVE", "-1", _keep_alive, "seconds or a duration such as 1h, -1 for no limit"
+            ),
+            pinned_options=read(
+                "HEADWATER_PINNED_OPTIONS", "", _pins, f"all, or names with commas between them: {', '.join(PINNABLE)}"
+            ),
             go_templates=read("OLLAMA_GO_TEMPLATE", "", _optional_flag, "true, false or nothing to choose"),
             flash_attention=flash_attention,
             cache_type=read("OLLAMA_KV_CACHE_TYPE", "f16", partial(_cache_type, flash_attention), CACHE_TYPES_ACCEPTED),
@@ -217,6 +235,15 @@ def _count(value: str) -> int:
     if not value.isascii() or not value.isdigit() or len(value) > 9:
         raise ValueError(value)
     return int(value)
+
+
+def _pins(value: str) -> frozenset[str]:
+    names = frozenset(filter(None, (part.strip().lower() for part in value.split(","))))
+    if names == {"all"}:
+        return frozenset(PINNABLE)
+    if not names <= {*PINNABLE}:
+        raise ValueError(value)
+    return names
 
 
 def _positive(value: str) -> int:

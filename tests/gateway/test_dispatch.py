@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_house import FakeHouse, ask, demo_card, demo_digest, describe_model, fake_house, texts, until, worker_pids
@@ -14,9 +15,12 @@ from fake_house import FakeHouse, ask, demo_card, demo_digest, describe_model, f
 from compat.streams import aclose
 from engines.errors import HeadwaterError, ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
 from engines.events import ChoiceFinished, Finished, FinishReason, TextDelta
+from engines.model import ModelCard
 from engines.options import OptionTypeError
 from engines.request import FOREVER, LoadOptions, Message, Mode, Sampling
-from gateway.dispatch import DEFAULT_NUM_CTX, MIN_NUM_CTX, _complete
+from gateway.dispatch import _complete
+from gateway.policy import DEFAULT_NUM_CTX, MIN_NUM_CTX, LoadPolicy
+from gateway.residents import RunnerKey
 
 LONG = " ".join(f"word{n}" for n in range(300))
 
@@ -329,12 +333,18 @@ async def test_a_crowd_that_comes_and_goes_leaves_one_row_each_and_no_place_take
         assert len(house.rows()) + num_never_admitted == 60
 
 
+def key_of(house: FakeHouse, card: ModelCard, **load: Any) -> RunnerKey:
+    """Which runner a request with these load options needs."""
+    request = house.settings.load_policy.apply(ask(load=LoadOptions(**load)), card)
+    return house.dispatch._key(request, card)
+
+
 async def test_the_window_is_what_request_model_and_server_say_in_that_order(tmp_path: Path) -> None:
     """And never more than the model was trained with."""
 
     def window(house: FakeHouse, asked: int | None = None, said: int | None = None, trained: int = 512) -> int:
         card = replace(house.dispatch._catalog.find("demo"), context_length=trained, parameters={"num_ctx": said})
-        return house.dispatch._key(ask(load=LoadOptions(num_ctx=asked)), card).num_ctx
+        return key_of(house, card, num_ctx=asked).num_ctx
 
     async with fake_house(tmp_path) as house:
         assert window(house, trained=0) == DEFAULT_NUM_CTX
@@ -352,18 +362,18 @@ async def test_requests_share_a_runner_by_weights_and_load_options(house: FakeHo
     """Not by name; the window is left to the pool."""
     card = house.dispatch._catalog.find("demo")
     alias = replace(card, name="alias:latest", digest="0" * 64)
-    plain = house.dispatch._key(ask(), card)
-    assert plain == house.dispatch._key(ask(), alias)
+    plain = key_of(house, card)
+    assert plain == key_of(house, alias)
     assert plain.mode is Mode.COMPLETION
-    assert plain != house.dispatch._key(ask(load=LoadOptions(num_batch=8)), card)
-    assert house.dispatch._key(ask(load=LoadOptions(num_ctx=8)), card).options == plain.options
+    assert plain != key_of(house, card, num_batch=8)
+    assert key_of(house, card, num_ctx=8).options == plain.options
 
 
 async def test_a_models_own_parameter_of_a_wrong_type_is_refused(house: FakeHouse) -> None:
     """It is found before a worker is started."""
     card = replace(house.dispatch._catalog.find("demo"), parameters={"num_ctx": "many"})
     with pytest.raises(OptionTypeError):
-        house.dispatch._key(ask(), card)
+        key_of(house, card)
 
 
 async def test_gaps_are_filled_by_the_model_and_then_by_the_dialect(house: FakeHouse) -> None:
@@ -375,7 +385,7 @@ async def test_gaps_are_filled_by_the_model_and_then_by_the_dialect(house: FakeH
     request = ask(
         "hi", sampling=Sampling(temperature=0.9), defaults=Sampling(temperature=0.5, top_k=40, top_p=0.8), num_choices=1
     )
-    completed = _complete(request, card)
+    completed = _complete(LoadPolicy().apply(request, card), card)
     assert (completed.sampling.temperature, completed.sampling.top_k, completed.sampling.top_p) == (0.9, 7, 0.8)
     assert completed.load.num_ctx == 9
     own = replace(request, messages=(Message("system", "Mine."), Message("user", "hi")))

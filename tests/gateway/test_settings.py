@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.request import FOREVER
+from gateway.policy import PINNABLE
 from gateway.settings import Settings, SettingsError
 
 
@@ -121,6 +122,11 @@ VALID: list[tuple[str, str, str, Any]] = [
     ("OLLAMA_MAX_LOADED_MODELS", "0", "max_loaded_models", 3),
     ("OLLAMA_MAX_QUEUE", "1", "max_queue", 1),
     ("OLLAMA_CONTEXT_LENGTH", "8192", "context_length", 8192),
+    ("HEADWATER_MAX_CONTEXT", "8192", "max_context", 8192),
+    ("HEADWATER_MAX_KEEP_ALIVE", "1h", "max_keep_alive_s", 3600.0),
+    ("HEADWATER_MAX_KEEP_ALIVE", "-1", "max_keep_alive_s", FOREVER),
+    ("HEADWATER_PINNED_OPTIONS", "num_ctx, Keep_Alive,", "pinned_options", {"num_ctx", "keep_alive"}),
+    ("HEADWATER_PINNED_OPTIONS", "all", "pinned_options", {*PINNABLE}),
     ("HEADWATER_REGISTRY_MIRROR", "https://m.lan:5000/v", "registry_mirrors",
      {"registry.ollama.ai": "https://m.lan:5000/v"}),
     ("HEADWATER_REGISTRY_MIRROR", "Docker.io=http://a, quay.io=https://b", "registry_mirrors",
@@ -185,6 +191,10 @@ INVALID = [
     ("OLLAMA_MAX_QUEUE", "0"),
     ("OLLAMA_MAX_QUEUE", "many"),
     ("OLLAMA_CONTEXT_LENGTH", "4k"),
+    ("HEADWATER_MAX_CONTEXT", "-1"),
+    ("HEADWATER_MAX_KEEP_ALIVE", "long"),
+    ("HEADWATER_PINNED_OPTIONS", "num_ctx,temperature"),
+    ("HEADWATER_PINNED_OPTIONS", "all,num_ctx"),
     ("OLLAMA_ORIGINS", "a.example"),
     ("HEADWATER_TRUSTED_PROXIES", "proxy.local"),
     ("HEADWATER_TRUSTED_PROXIES", "10.0.0.0/33"),
