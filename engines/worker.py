@@ -100,9 +100,19 @@ class Worker:
 
     async def health(self, http: Request) -> Response:
         """200 with the engine's numbers once the model is loaded, 503 and how far it is before."""
-        stats = self._engine.stats()
-        size_bytes = psutil.Process().memory_info().rss
-        body = {"num_ctx": stats.num_ctx, "size_bytes": size_bytes, "progress": round(stats.load_progress, 3)}
+        stats, process = self._engine.stats(), psutil.Process()
+        body = {
+            "num_ctx": stats.num_ctx,
+            "size_bytes": process.memory_info().rss,
+            "progress": round(stats.load_progress, 3),
+            "pid": process.pid,
+            "num_threads": process.num_threads(),
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+            "num_cells": stats.num_cells,
+            "num_free_cells": stats.num_free_cells,
+            "totals": stats.totals,
+        }
         return Response(json.dumps(body), 200 if self._engine.is_loaded() else 503, media_type="application/json")
 
     async def metrics(self, http: Request) -> Response:

@@ -1,4 +1,4 @@
-"""The administrator's routes: what the ledger knows, for whoever sits at this machine.
+"""The administrator's routes: what the ledger knows and what runs, for whoever sits at this machine.
 
 Loopback only. A relayed request is not local, whatever its last hop: neither one that names a client further back,
 nor a web page that resolved its own name to this machine (DNS rebinding), hence the look at `Host`.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from ipaddress import IPv6Address, ip_address
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -18,10 +19,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engines.errors import AccessDenied, BadRequest, HeadwaterError
+from gateway.inspection import inspect
+from gateway.pool import Pool
+from gateway.runner import Runner
 from gateway.usage.ledger import Ledger
 from gateway.usage.reports import recent_requests, total, usage_report
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+DASHBOARD = Path(__file__).parent / "dashboard"
+PAGE = (
+    ("/admin", "page.html", "text/html"),
+    ("/admin/page.css", "page.css", "text/css"),
+    ("/admin/page.js", "page.js", "text/javascript"),
+)
+"""Where each file of the page is found."""
 
 MAX_REQUESTS = 1000
 _YEAR_10000 = 253_402_300_800
@@ -47,6 +59,27 @@ def routes(ledger: Ledger) -> list[Route]:
         return JSONResponse({"requests": await recent_requests(ledger, int(limit))})
 
     return [Route("/admin/usage", _local(usage)), Route("/admin/requests", _local(requests))]
+
+
+def runner_routes(pool: Pool[Runner]) -> list[Route]:
+    """`GET /admin/runners`, and the page at `GET /admin` that shows them."""
+
+    async def runners(http: Request) -> Response:
+        return JSONResponse(await inspect(pool))
+
+    pages = [Route(path, _local(_page(name, media_type))) for path, name, media_type in PAGE]
+    return [Route("/admin/runners", _local(runners)), *pages]
+
+
+def _page(name: str, media_type: str) -> Handler:
+    """One file of the page. It may load its own files and ask this server, and nothing else."""
+    body = (DASHBOARD / name).read_bytes()
+
+    async def show(http: Request) -> Response:
+        headers = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'", "Cache-Control": "no-cache"}
+        return Response(body, media_type=media_type, headers=headers)
+
+    return show
 
 
 def parse_since(text: str, now: float) -> float:

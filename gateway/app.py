@@ -261,6 +261,7 @@ def make_app(house: House) -> Starlette:
     routes: list[BaseRoute] = [
         *_own_routes(house),
         *admin.routes(house.ledger),
+        *admin.runner_routes(house.pool),
         *ollama.routes(),
         *LibraryRoutes(house.library, body_limit_bytes=settings.body_limit_bytes).routes(),
         *TransferRoutes(house.library, body_limit_bytes=settings.body_limit_bytes).routes(),

@@ -248,11 +248,15 @@ class Pool(Generic[R]):
 
     def statuses(self) -> list[RunnerStatus]:
         """What is resident, for people. Never waits."""
-        now, wall = self._clock(), time.time()
-        return [self._status(resident, now, wall) for resident in self.residents]
+        return [self.status(resident) for resident in self.residents]
 
-    def _status(self, resident: Resident[R], now: float, wall: float) -> RunnerStatus:
-        expires_s = resident.expires_at - now if resident.is_idle else resident.keep_alive_s
+    def now(self) -> float:
+        """The time by the clock that residents and waiters are dated with, in seconds."""
+        return self._clock()
+
+    def status(self, resident: Resident[R]) -> RunnerStatus:
+        """One resident, for people."""
+        expires_s = resident.expires_at - self._clock() if resident.is_idle else resident.keep_alive_s
         return RunnerStatus(
             model=resident.card,
             backend=resident.key.backend,
@@ -262,7 +266,7 @@ class Pool(Generic[R]):
             size_bytes=resident.runner.size_bytes,
             size_vram_bytes=0,
             num_ctx=resident.runner.num_ctx or resident.key.num_ctx,
-            expires_at=FOREVER if expires_s == FOREVER else wall + expires_s,
+            expires_at=FOREVER if expires_s == FOREVER else time.time() + expires_s,
             load_progress=1.0 if resident.state is not State.STARTING else resident.runner.load_progress,
         )
 

@@ -54,11 +54,25 @@ SILENCE_S = 90.0
 
 
 class Health(msgspec.Struct):
-    """What a worker says of itself; `progress` is how much of its model is loaded, from 0 to 1."""
+    """What a worker says of itself; what it does not say is 0.
+
+    Attributes:
+        num_ctx: window of one request. size_bytes: its resident memory. progress: how much of its model is loaded, from
+            0 to 1. num_threads: of its process, those that compute and others.
+        num_running, num_waiting: sequences that hold KV cells, and that wait for some. num_cells, num_free_cells: all
+            KV cells, and the free ones. totals: the engine's counters since it was loaded.
+    """
 
     num_ctx: int = 0
     size_bytes: int = 0
     progress: float = 0.0
+    pid: int = 0
+    num_threads: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_cells: int = 0
+    num_free_cells: int = 0
+    totals: dict[str, float] = {}
 
 
 class Runner:
@@ -152,6 +166,10 @@ class Runner:
         if not self._is_stopping:
             log.warning("%r ended: %s", self, self._exit.message.splitlines()[0])
             self._on_exit(self._exit)
+
+    async def observe(self, timeout_s: float) -> None:
+        """Bring `health` up to date, unless the worker takes longer to answer."""
+        await self._look(timeout_s)
 
     async def _is_ready(self) -> bool:
         return await self._look(timeout_s=2) == 200
