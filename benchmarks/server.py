@@ -27,7 +27,7 @@ from engines.store.names import parse_name
 
 DEMO = Path(__file__).parent.parent / "engines" / "store" / "demo" / "demo.gguf"
 WINDOWS = 4
-"""Full windows that a model's KV cache has room for unless it is told otherwise (gateway.app, AUTO_WINDOWS)."""
+"""Full windows that a model's KV cache has room for at least unless it is told otherwise (engines.llamacpp.backend)."""
 
 
 @dataclass(frozen=True, slots=True)

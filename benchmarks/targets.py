@@ -127,7 +127,7 @@ class Headwater:
     @contextlib.contextmanager
     def start(self, spec: Spec) -> Iterator[Running]:
         """Start it."""
-        window = spec.cells // WINDOWS
+        window = spec.cells // max(spec.clients, WINDOWS)  # as long as a slot of the others
         with run_server({"bench": spec.weights}, window=window, data=spec.data) as server:
             yield Running(
                 self.name,

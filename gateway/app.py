@@ -78,9 +78,7 @@ from gateway.usage.ledger import Ledger
 log = logging.getLogger(__name__)
 
 AUTO_PLACES = 32
-AUTO_WINDOWS = 4
-"""Without OLLAMA_NUM_PARALLEL a model serves up to 32 requests together, in KV room for four full windows, or for as
-many as memory allows."""
+"""Without OLLAMA_NUM_PARALLEL a model is handed up to 32 requests together; how many it decodes at once is its own."""
 
 MAX_MEASURED = 256
 """Estimates that are remembered: clients choose the options that they depend on."""
@@ -155,9 +153,9 @@ class House:
         """The memory that a runner would take, by the number of its windows; empty when that cannot be told."""
         known = self._measured.get(key)
         if known is None:
-            most = self._most_windows(key)
-            choices = (most,) if self.settings.num_parallel else range(1, most + 1)
             try:
+                most = await self._most_windows(key, card)
+                choices = (most,) if self.settings.num_parallel else range(1, most + 1)
                 needs = {
                     n: await self.backend.required_memory(card.weights_digest, self._configure(key, card, n))
                     for n in choices
@@ -170,9 +168,13 @@ class House:
             self._measured[key] = known
         return known
 
-    def _most_windows(self, key: RunnerKey) -> int:
+    async def _most_windows(self, key: RunnerKey, card: ModelCard) -> int:
         """Windows that a runner holds when there is room; one that only reads needs a single one."""
-        return (self.settings.num_parallel or AUTO_WINDOWS) if key.mode is Mode.COMPLETION else 1
+        if key.mode is not Mode.COMPLETION:
+            return 1
+        return self.settings.num_parallel or await self.backend.windows(
+            card.weights_digest, self._configure(key, card, 1)
+        )
 
     def _configure(self, key: RunnerKey, card: ModelCard, num_windows: int) -> BackendConfiguration:
         settings = self.settings
@@ -206,7 +208,7 @@ class House:
             model=card.weights_digest,
             model_ref=card.name,
             mode=key.mode,
-            config=self._configure(key, card, num_windows or self._most_windows(key)),
+            config=self._configure(key, card, num_windows or self.settings.num_parallel or 1),
             on_exit=on_exit,
         )
 

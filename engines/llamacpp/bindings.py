@@ -270,8 +270,9 @@ def _load_mode(use_mmap: bool | None, *, use_mlock: bool) -> int:
 class Context:
     """One KV cache and the batch buffer that feeds it.
 
-    All sequences share one pool of `num_cells` cells (`kv_unified`), so a short sequence costs what it holds and no
-    more. Positions of a sequence must be contiguous from 0; llama_decode refuses a gap.
+    Either all sequences share one pool of `num_cells` cells (`kv_unified`), so a short sequence costs what it holds and
+    no more, but each token looks at everyone's cells; or each is a stream with an equal part of them, and prefixes are
+    copied cell by cell. Positions of a sequence must be contiguous from 0; llama_decode refuses a gap.
     """
 
     def __init__(
@@ -284,6 +285,7 @@ class Context:
         num_ubatch: int,
         num_outputs: int,
         num_threads: int,
+        is_unified: bool = True,
         flash_attention: bool | None = None,
         cache_type: str = "f16",
     ) -> None:
@@ -294,7 +296,7 @@ class Context:
         params.n_seq_max = num_sequences
         params.n_outputs_max = num_outputs  # rows of logits of a step; llama.cpp aborts when asked for more
         params.n_threads = params.n_threads_batch = num_threads
-        params.kv_unified = True
+        params.kv_unified = self._is_unified = is_unified
         params.swa_full = True  # the cells behind a sliding window stay, so that prefixes can be shared and kept
         params.no_perf = True
         params.type_k = params.type_v = _CACHE_TYPES[cache_type]
@@ -374,8 +376,35 @@ class Context:
         return np.ctypeslib.as_array(row, (self._num_tokens,))
 
     def copy(self, source: int, slot: int, count: int) -> None:
-        """Let the empty `slot` begin with the first `count` positions of `source`; costs metadata, no cells."""
-        lib.llama_memory_seq_cp(self._memory, source, slot, 0, count)
+        """Let the empty `slot` begin with the first `count` positions of `source`.
+
+        In one pool that costs metadata and no cells. Between streams llama.cpp copies whole windows; a state is what is
+        in use.
+
+        Raises:
+            DecodeFailed: llama.cpp does not take its own state.
+        """
+        if self._is_unified:
+            lib.llama_memory_seq_cp(self._memory, source, slot, 0, count)
+            return
+        self._put(slot, self.state(source))
+        self.remove(slot, count)
+
+    def swap(self, one: int, other: int) -> None:
+        """Let each of two slots hold what the other held; either may be empty. Raises DecodeFailed as `copy` does."""
+        states = [self.state(slot) if self._holds(slot) else None for slot in (one, other)]
+        self.remove(one)
+        self.remove(other)
+        for slot, state in zip((other, one), states, strict=True):
+            if state is not None:
+                self._put(slot, state)
+
+    def _holds(self, slot: int) -> bool:
+        return bool(lib.llama_memory_seq_pos_max(self._memory, slot) >= 0)
+
+    def _put(self, slot: int, state: memoryview) -> None:
+        if not self.set_state(slot, state):
+            raise DecodeFailed(f"a state of {len(state)} bytes could not be moved to slot {slot}")
 
     def remove(self, slot: int, start: int = 0) -> None:
         """Forget everything in `slot` from position `start` on; cells that nobody else shares are free again."""

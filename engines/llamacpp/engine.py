@@ -155,6 +155,7 @@ class LlamaCppEngine(InferenceBackend):
                 num_ubatch=layout.num_ubatch,
                 num_outputs=layout.num_outputs,
                 num_threads=min(config.num_threads or cores, 4 * cores),  # ggml dies of some hundred threads
+                is_unified=layout.is_unified,
                 flash_attention=config.flash_attention,
                 cache_type=config.cache_type,
             )
@@ -173,7 +174,8 @@ class LlamaCppEngine(InferenceBackend):
             num_slots=layout.num_slots,
             num_batch=self._context.num_batch,
             shares_prefixes=shares_prefixes,
-            kept_cells=KEPT_CELLS,
+            is_unified=layout.is_unified,
+            kept_cells=KEPT_CELLS if layout.is_unified else None,
             shelf=self._shelf,
         )
         self._grammars = Grammars(model)

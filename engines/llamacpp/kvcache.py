@@ -1,9 +1,10 @@
-"""Who holds which KV cells: the books of a cache that sequences share.
+"""Who holds which KV cells: the books of a cache.
 
-llama.cpp copies a prefix from one sequence to another by writing metadata, so two sequences then hold the same cells.
-It does not say how many cells are in use; this does, by keeping runs of cells and who holds each. It also remembers the
-sequences that have finished, so that a later prompt that begins alike starts from their cells. Pure: whoever asks it to
-share or drop something must tell llama.cpp the same.
+In one pool for all (`kv_unified`) llama.cpp copies a prefix from one sequence to another by writing metadata, so two
+sequences then hold the same cells; in streams each has cells of its own. llama.cpp does not say how many cells are in
+use; this does, by keeping runs of cells and who holds each. It also remembers the sequences that have finished, so that
+a later prompt that begins alike starts from their cells. Pure: whoever asks it to share or drop something must tell
+llama.cpp the same.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class KVCache:
 
     Args:
         num_cells: cells in all. num_slots: sequences that may hold cells at once, finished ones included.
+        is_unified: whether sequences can hold the same cells.
     """
 
-    def __init__(self, *, num_cells: int, num_slots: int) -> None:
+    def __init__(self, *, num_cells: int, num_slots: int, is_unified: bool = True) -> None:
+        self.is_unified = is_unified
         self.num_cells = num_cells
         self.num_free_cells = num_cells
         self.num_idle_cells = 0  # held by kept slots alone
@@ -62,6 +65,11 @@ class KVCache:
         return len(self._free_slots)
 
     @property
+    def free_slots(self) -> list[int]:
+        """The slots that hold nothing."""
+        return list(self._free_slots)
+
+    @property
     def num_kept(self) -> int:
         """Finished sequences whose cells are still there."""
         return len(self._kept)
@@ -70,9 +78,14 @@ class KVCache:
         """Cells that a slot holds, shared ones included."""
         return sum(run.length for run in self._runs[slot])
 
-    def open(self) -> int:
-        """Take a free slot."""
-        slot = self._free_slots.pop()
+    def num_held(self, *slots: int) -> int:
+        """Cells that some slots hold, free ones none."""
+        return sum(run.length for slot in slots for run in self._runs.get(slot, ()))
+
+    def open(self, slot: int | None = None) -> int:
+        """Take a free slot, any unless one is named."""
+        slot = self._free_slots[-1] if slot is None else slot
+        self._free_slots.remove(slot)
         self._runs[slot] = []
         return slot
 
@@ -87,8 +100,11 @@ class KVCache:
             runs.append(Run(count, {slot}))
 
     def share(self, source: int, slot: int, count: int) -> None:
-        """Let an empty slot hold the first `count` positions of another one's cells."""
+        """Let an empty slot hold the first `count` positions of another one's cells, or the like of them."""
         assert not self._runs[slot], "only an empty slot can take a prefix"
+        if not self.is_unified:
+            self.extend(slot, count)
+            return
         taken: list[Run] = []
         for run in list(self._runs[source]):
             if count == 0:
@@ -119,6 +135,15 @@ class KVCache:
                 self.num_free_cells += run.length
         self._free_slots.append(slot)
         self._count_idle()
+
+    def swap(self, one: int, other: int) -> None:
+        """Let each of two slots hold what the other held; either may be free."""
+        names = {one: other, other: one}
+        self._runs = {names.get(slot, slot): runs for slot, runs in self._runs.items()}
+        self._kept = OrderedDict((names.get(slot, slot), kept) for slot, kept in self._kept.items())
+        self._free_slots = [names.get(slot, slot) for slot in self._free_slots]
+        for run in {run for slot in names for run in self._runs.get(slot, ())}:
+            run.holders = {names.get(slot, slot) for slot in run.holders}
 
     def take_over(self, slot: int, count: int) -> None:
         """Go on in a kept slot, with its first `count` positions; the rest is dropped and it is kept no longer."""
@@ -204,8 +229,12 @@ class KVCache:
         The least recently used one of the lowest class goes first, and nothing that a better class left behind. One
         whose cells are all in use by others goes last: it frees none.
         """
-        kept = [slot for slot, each in self._kept.items() if slot != but and each.rank >= rank]
+        kept = [slot for slot in self.droppable(rank) if slot != but]
         return max(kept, key=lambda slot: (self.has_idle_cells(slot), self._kept[slot].rank), default=None)
+
+    def droppable(self, rank: int) -> list[int]:
+        """The kept slots that somebody of `rank` may drop, least recently used first."""
+        return [slot for slot, kept in self._kept.items() if kept.rank >= rank]
 
     def has_idle_cells(self, slot: int) -> bool:
         """Whether a kept slot holds cells that nobody who runs uses."""

@@ -14,6 +14,11 @@ DEFAULT_NUM_CTX = 4096
 KEPT_SEQUENCES = 32
 """Slots beyond those that run, for prefixes of finished requests."""
 
+MIN_STREAMS = 4
+"""Fewer windows than this are shared by all, unless no more requests than that are to be served at once."""
+
+WINDOW_PAD = 256  # llama-context.cpp rounds a window up to this
+
 MAX_SLOTS = 256  # llama-cparams.h LLAMA_MAX_SEQ
 MAX_MEASURED = 32
 """Prompt tokens of a step whose own likelihood is asked for: each needs a whole row of logits."""
@@ -32,7 +37,8 @@ SMALL_UBATCH = 128
 class Layout:
     """`num_ctx`: one request's window in tokens. `num_cells`: of all. `num_batch`: most tokens of one step.
 
-    `num_ubatch`: tokens computed at once. `num_outputs`: most rows of logits of one step.
+    `num_ubatch`: tokens computed at once. `num_outputs`: most rows of logits of one step. `is_unified`: whether the
+    slots share the cells; else each has an equal part of them.
     """
 
     num_ctx: int
@@ -41,19 +47,34 @@ class Layout:
     num_batch: int
     num_ubatch: int
     num_outputs: int
+    is_unified: bool
+
+    @property
+    def seen_cells(self) -> int:
+        """Cells that a token may have to look at."""
+        return self.num_cells if self.is_unified else self.num_cells // self.num_slots
 
 
 def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
     """The layout of a model that was trained with a window of `trained` tokens, 0 when unknown.
 
-    Finished sequences keep their slots, so there are more than can run; recurrent memory pays for each and has none.
+    In one pool, finished sequences keep their slots, so there are more than can run; recurrent memory pays for each and
+    has none. Streams need a window each: where there are few, one pool serves more requests at once.
     """
     num_ctx = _window(config.context_size, trained)
-    num_cells = num_ctx * max(config.num_parallel, 1)
-    num_slots = min(max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES), MAX_SLOTS)
+    windows = max(config.num_parallel, 1)
+    is_unified = config.unified_cache or is_recurrent or windows < min(config.num_sequences, MIN_STREAMS)
+    num_cells, num_slots = num_ctx * windows, max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES)
+    if not is_unified:
+        num_cells, num_slots = _padded(num_ctx) * windows, windows
+    num_slots = min(num_slots, MAX_SLOTS)
     num_batch = max(min(config.num_batch, num_cells, MAX_BATCH), num_slots)
     num_ubatch = min(num_batch, SMALL_UBATCH if config.flash_attention is False else UBATCH)
-    return Layout(num_ctx, num_cells, num_slots, num_batch, num_ubatch, num_slots + MAX_MEASURED)
+    return Layout(num_ctx, num_cells, num_slots, num_batch, num_ubatch, num_slots + MAX_MEASURED, is_unified)
+
+
+def _padded(num_ctx: int) -> int:
+    return -(-num_ctx // WINDOW_PAD) * WINDOW_PAD
 
 
 def _window(asked: int | None, trained: int) -> int:

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engines.events import FinishReason, TokenLogprob
+from engines.llamacpp.batch import Batch, Change, Clear, Copy, Restore, Slice, Swap, Trim
 from engines.llamacpp.bindings import Context, DecodeFailed, OutOfCells
 from engines.llamacpp.kvcache import Tokens
 from engines.llamacpp.logprobs import Likelihoods, Piece
 from engines.llamacpp.pace import Pace
-from engines.llamacpp.scheduler import Batch, Change, Clear, Copy, Restore, Scheduler, Slice, Trim
+from engines.llamacpp.scheduler import Scheduler
 from engines.llamacpp.sequence import Sequence
 from engines.llamacpp.shelf import Shelf
 from engines.llamacpp.threads import Threads
@@ -195,10 +196,11 @@ class EngineLoop:
     def _close_ranks(self) -> None:
         """While nobody runs, move what is kept to the first cells, if the cache was much fuller than it is now.
 
-        A step looks at every cell up to the last one in use, so one prefix far behind costs as much as a full cache.
+        In one pool a step looks at every cell up to the last one in use, so one prefix far behind costs as much as a
+        full cache.
         """
         cache = self._scheduler.cache
-        if self._peak_cells - (cache.num_cells - cache.num_free_cells) < MIN_CLOSED_UP:
+        if not cache.is_unified or self._peak_cells - (cache.num_cells - cache.num_free_cells) < MIN_CLOSED_UP:
             return
         for change in self._scheduler.forget_all(but=1):
             self._apply(change)
@@ -218,9 +220,13 @@ class EngineLoop:
             case Copy(source, slot, count):
                 self._context.copy(source, slot, count)
                 self.totals.reused_tokens += count
-            case Trim(slot, count):
+            case Trim(slot, count, tokens):
+                if tokens is not None:
+                    self._save(slot, tokens)
                 self._context.remove(slot, count)
                 self.totals.reused_tokens += count
+            case Swap(slot, other):
+                self._context.swap(slot, other)
 
     def _save(self, slot: int, tokens: Tokens) -> None:
         """Hand what a slot holds to the shelf, if it is worth it."""
@@ -246,7 +252,7 @@ class EngineLoop:
         if restore.sequence not in self._alive:
             return
         self._scheduler.restored(restore.sequence)
-        place = self._scheduler.make_place(len(tokens)) if state and tokens is not None else None
+        place = self._scheduler.make_place(restore.sequence, len(tokens)) if state and tokens is not None else None
         if state is None or tokens is None or place is None:
             return
         slot, forgotten = place
@@ -359,5 +365,6 @@ class EngineLoop:
         self.totals.decode_s += decode_s
         self._pace.observe(num_decodes=num_decodes, num_prefill=num_prefill, seconds=decode_s)
         self._scheduler.busy_prefill = self._pace.chunk
+        self._scheduler.steady_prefill = self._pace.steady_chunk
         if self._threads.observe(decode_s, now):
             self._context.set_threads(self._threads.count)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from engines.inference import LoadConfig
 from engines.llamacpp.hparams import Hyperparameters, read_hyperparameters
-from engines.llamacpp.layout import Layout, lay_out
+from engines.llamacpp.layout import WINDOW_PAD, Layout, lay_out
 from engines.store.gguf import GGUFHeader
 from engines.store.gguf_types import TENSOR_TYPES
 
-_PAD = 256  # llama-context.cpp pads n_ctx
 _F32, _F16 = 4, 2
 _PROCESS_BYTES = 62 << 20  # Python, the worker's modules, llama.cpp's code, arenas of its threads
 _VOCABULARY_FACTOR = 9  # a token's text, its pieces and maps over what its header takes
@@ -66,15 +65,15 @@ def estimate(header: GGUFHeader, config: LoadConfig) -> MemoryNeed:
     )
 
 
-def _cells(layout: Layout) -> int:
-    return -(-layout.num_cells // _PAD) * _PAD
+def _padded(num_cells: int) -> int:
+    return -(-num_cells // WINDOW_PAD) * WINDOW_PAD
 
 
 def _cache(shape: Hyperparameters, layout: Layout, cache_type: str) -> int:
-    """Cells are of all sequences together; states are each slot's own, in 32-bit floats."""
+    """Cells count all together; states are each slot's own, in 32-bit floats."""
     a_cell = sum(_row(layer.key_width, cache_type) + _row(layer.value_width, cache_type) for layer in shape.layers)
     a_slot = sum(layer.state_width for layer in shape.layers) * _F32
-    return _cells(layout) * a_cell + layout.num_slots * a_slot
+    return _padded(layout.num_cells) * a_cell + layout.num_slots * a_slot
 
 
 def _row(num_elements: int, kind: str) -> int:
@@ -88,7 +87,8 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
     The buffer is used again and again, so the largest moment counts: within a layer, or at the output, when the masks
     are no longer needed.
     """
-    num_tokens = min(layout.num_ubatch, _cells(layout))
+    cells = _padded(layout.seen_cells)
+    num_tokens = min(layout.num_ubatch, cells)
     row = shape.num_vocab * _F32
     attention, feed_forward, recurrence = (
         num_tokens * _F32 * width
@@ -99,12 +99,10 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
         )
     )
     attends = any(layer.key_width for layer in shape.layers)
-    masks = (1 + shape.has_window) * _cells(layout) * num_tokens * attends
-    scores = 0 if uses_flash_attention else _cells(layout) * num_tokens * shape.num_heads * _F32 * attends
+    masks = (1 + shape.has_window) * cells * num_tokens * attends
+    scores = 0 if uses_flash_attention else cells * num_tokens * shape.num_heads * _F32 * attends
     if not uses_flash_attention:  # where V is a view into K, it is copied to be transposed
-        scores += (
-            _cells(layout) * max((each.key_width for each in shape.layers if not each.value_width), default=0) * _F16
-        )
+        scores += cells * max((each.key_width for each in shape.layers if not each.value_width), default=0) * _F16
     masks *= _F16 if uses_flash_attention else _F32
     recurrence += layout.num_slots * shape.scan_width * _F32 if shape.inner_width else 0
     layer = masks + max(scores + attention, feed_forward, recurrence)

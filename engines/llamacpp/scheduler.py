@@ -1,8 +1,9 @@
 """Who takes part in the next step. Pure: it counts tokens and cells and never touches llama.cpp.
 
-One step is one batch that mixes running decodes with a chunk of waiting prefill. Slots are many and cheap; what is
-scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer, and begin with the
-longest prefix that anyone, running or finished, has computed already, or that is on the shelf.
+One step is one batch that mixes running decodes with a chunk of waiting prefill. In one pool of cells slots are many
+and cheap; what is scarce is cells. Sequences are admitted while their prompt fits, not their longest possible answer.
+In streams each slot has a window of cells, and slots are what is scarce. Either way a sequence begins with the longest
+prefix that anyone, running or finished, has computed already, or that is on the shelf.
 
 Classes come first, then arrival, and batch work that has waited long moves up. When the cells run out, the lowest
 class gives way: first what its finished sequences left behind, then its youngest running one, which goes back into the
@@ -11,14 +12,16 @@ queue with what it has generated and is prefilled again later. Its client notice
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from engines.llamacpp.batch import Batch, Budget, Clear, Copy, Restore, Slice, Swap, Trim
 from engines.llamacpp.kvcache import KVCache, Tokens, common_prefix
 from engines.llamacpp.layout import MAX_MEASURED
 from engines.llamacpp.sequence import Sequence
+from engines.llamacpp.streams import best_seat, moves
 from engines.request import Priority
 
 MIN_SHARED = 8
@@ -30,6 +33,9 @@ MIN_AWAITED = 64
 MIN_RESTORED = 32
 """Tokens that a prefix on the shelf must save; bringing it back takes about as long as computing a few."""
 
+MAX_MOVED = 8192
+"""Tokens that may be moved to close a gap between streams; with more, reading the weights twice is less work."""
+
 MAX_CONSIDERED = 32
 """Waiting sequences that a step looks at, so that a long queue costs those who run nothing."""
 
@@ -37,56 +43,6 @@ AGEING_S = 30.0
 """Time in the house after which batch work counts as normal. Nothing ever counts as somebody who reads along."""
 
 _NORMAL, _BATCH = Priority.NORMAL.rank, Priority.BATCH.rank
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """The next `count` tokens of a sequence."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it reaches the end of the sequence, so that a token can be chosen from its logits."""
-        return self.count == self.sequence.num_pending
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """Forget everything in a slot. `tokens` are those that it holds, where somebody may ask for them again."""
-
-    slot: int
-    tokens: Tokens | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Let `slot` begin with the first `count` positions of `source`."""
-
-    source: int
-    slot: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Trim:
-    """Forget all but the first `count` positions of a slot."""
-
-    slot: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """Bring back the first `count` positions of what is on the shelf under `key`; the sequence waits for it."""
-
-    sequence: Sequence
-    key: str
-    count: int
-
-
-Change = Clear | Copy | Trim
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +76,17 @@ class Index(Protocol):
         """The key of the prefix that shares most with `tokens`, and how much."""
 
 
-@dataclass(slots=True)
-class Batch:
-    """What to compute in one step, and what to do to the cache before it, in this order."""
-
-    slices: list[Slice] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    num_preempted: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all slices."""
-        return sum(piece.count for piece in self.slices)
-
-
 class Scheduler:
     """Decides each step's batch.
 
     Args:
         num_cells: KV cells in all. num_slots: sequences that may hold cells at once, finished ones included.
         num_batch: most tokens of a step. busy_prefill: most prompt tokens of a step that also decodes, so that a long
-            prompt does not stall those who are being answered.
+            prompt does not stall those who are being answered. steady_prefill: the same for prompts of a lower class.
         headroom: free cells that each running sequence must have before another is admitted, so that one admitted in
             this step is not preempted in the next.
         shares_prefixes: whether the model's memory can copy a part of a sequence, which recurrent memory cannot.
+        is_unified: whether all slots share one pool of cells; else each is a stream with cells for a whole window.
         kept_cells: most cells that finished sequences may hold beside the one that finished last. Every step looks at
             every cell in use, if only to find that it is masked: at 8 sequences 4,000 idle ones cost a tenth of it.
             Those of the class `batch` may hold a quarter of it.
@@ -157,22 +100,26 @@ class Scheduler:
         num_slots: int,
         num_batch: int,
         busy_prefill: int = 64,
+        steady_prefill: int = 64,
         headroom: int = 32,
         shares_prefixes: bool = True,
+        is_unified: bool = True,
         kept_cells: int | None = None,
         shelf: Index | None = None,
     ) -> None:
         self.num_cells = num_cells
         self.num_batch = num_batch
         self.busy_prefill = busy_prefill
+        self.steady_prefill = steady_prefill
         self.headroom = headroom
         self.shares_prefixes = shares_prefixes
         self.kept_cells = num_cells if kept_cells is None else kept_cells
-        self.cache = KVCache(num_cells=num_cells, num_slots=num_slots)
+        self.cache = KVCache(num_cells=num_cells, num_slots=num_slots, is_unified=is_unified)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # in order of admission, so the youngest is last
         self._shelf = shelf
         self._restoring: set[Sequence] = set()
+        self._reserved: dict[Sequence, int] = {}  # where the prefix is that was brought back for it
         self._restored: set[Sequence] = set()  # they have had their prefix from the shelf, or never will
         self._looked: dict[Sequence, int] = {}  # at which version of the shelf
 
@@ -206,6 +153,7 @@ class Scheduler:
         """
         self._restoring.discard(sequence)
         self._restored.discard(sequence)
+        self._reserved.pop(sequence, None)
         self._looked.pop(sequence, None)
         if sequence.slot is None:
             self.waiting.remove(sequence)
@@ -263,8 +211,9 @@ class Scheduler:
         """
         if self._shelf is None or not self.shares_prefixes:
             return []
-        wanted = []
-        for sequence in self._queue(now):
+        wanted: list[Restore] = []
+        queue = self._queue(now)
+        for sequence in queue if self.cache.is_unified else queue[: self._num_seats]:
             if sequence.echoes or sequence in self._restoring or sequence in self._restored:
                 continue
             if self._looked.get(sequence) == self._shelf.version:
@@ -275,6 +224,11 @@ class Scheduler:
                 self._restoring.add(sequence)
                 wanted.append(Restore(sequence, *found))
         return wanted
+
+    @property
+    def _num_seats(self) -> int:
+        """Slots that nobody runs in."""
+        return self.cache.num_free_slots + self.cache.num_kept
 
     def _queue(self, now: float) -> list[Sequence]:
         """Those who wait, whose turn is first; of a long queue its beginning."""
@@ -290,30 +244,41 @@ class Scheduler:
         decoding = self._decoding()
         prefilling = sorted((s for s in self.running if s.num_pending > 1), key=lambda s: s.priority.rank)
         batch.slices = [Slice(sequence, 1) for sequence in decoding]
-        budget = min(self.num_batch - len(decoding), self.busy_prefill if decoding else self.num_batch)
+        budget = self._budget(decoding)
         free = self.cache.num_free_cells - len(decoding)
-        measured = MAX_MEASURED
         for sequence in prefilling:
-            count = min(sequence.num_pending, budget, free, measured if sequence.echoes else budget)
+            count = budget.grant(sequence, min(sequence.num_pending, free))
             if count > 0:
                 batch.slices.append(Slice(sequence, count))
-                budget, free = budget - count, free - count
-                measured -= count if sequence.echoes else 0
-        self._admit(batch, budget, measured, now)
+                free -= count
+        self._admit(batch, budget, now)
+        if not self.cache.is_unified:
+            self._close_gaps(batch)
         return batch
+
+    def _budget(self, decoding: list[Sequence]) -> Budget:
+        """Beside decodes as much as their pace allows; those who read along are not stalled for those who do not."""
+        if not decoding:
+            return Budget(self.num_batch, self.num_batch, MAX_MEASURED, best=0)
+        most = self.num_batch - len(decoding)
+        best = min(sequence.priority.rank for sequence in decoding)
+        return Budget(min(most, self.busy_prefill), min(most, self.steady_prefill), MAX_MEASURED, best)
 
     def _decoding(self) -> list[Sequence]:
         """Who decodes in the next step.
 
-        While somebody reads along, as many of the class `batch` do as there are readers, and at least one, taking
-        turns: every sequence more makes the step longer for all.
+        While somebody reads along, as many of the class `batch` do as there are readers, and at least one: every
+        sequence more makes the step longer for all. In one pool they take turns; in streams, where changing places is
+        work, the oldest go first.
         """
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         num_readers = sum(sequence.priority is Priority.INTERACTIVE for sequence in decoding)
         batch = [sequence for sequence in decoding if sequence.priority is Priority.BATCH]
         if not num_readers or len(batch) <= num_readers:
             return decoding
-        resting = set(sorted(batch, key=lambda sequence: sequence.last_token)[num_readers:])
+        resting = set(
+            (sorted(batch, key=lambda each: each.last_token) if self.cache.is_unified else batch)[num_readers:]
+        )
         return [sequence for sequence in decoding if sequence not in resting]
 
     def advance(self, batch: Batch) -> None:
@@ -342,9 +307,17 @@ class Scheduler:
         sequence.prompt = sequence.prompt[:keep]
         return keep, lost
 
-    def make_place(self, num_cells: int) -> tuple[int, list[Clear]] | None:
+    def make_place(self, sequence: Sequence, num_cells: int) -> tuple[int, list[Clear]] | None:
         """An empty slot for a prefix that comes back, and what to forget for it; None if it would displace somebody."""
         forgotten: list[Clear] = []
+        if not self.cache.is_unified:
+            seat = self._free_seat(sequence, rank=0)
+            if seat is None:
+                return None
+            if self.cache.is_kept(seat):
+                forgotten.append(self._forget(seat))
+            self._reserved[sequence] = seat
+            return self.cache.open(seat), forgotten
         promised = sum(sequence.num_pending + self.headroom for sequence in self.running)
         if self.num_free_cells - promised < num_cells:
             return None
@@ -374,7 +347,7 @@ class Scheduler:
             batch.changes.append(change)
             batch.num_preempted += num_running - len(self.running)
 
-    def _admit(self, batch: Batch, budget: int, measured: int, now: float) -> None:
+    def _admit(self, batch: Batch, budget: Budget, now: float) -> None:
         """Let waiting sequences in, best class first, while budget, slots and cells last.
 
         One whose beginning is being prefilled by another, or brought back, waits for that instead of computing it
@@ -382,7 +355,7 @@ class Scheduler:
         """
         promised = sum(sequence.num_pending for sequence in self.running)
         for sequence in self._queue(now):
-            if budget <= 0:
+            if budget.tokens <= 0:
                 return
             found = self._longest_prefix(sequence)
             if found.is_coming or sequence in self._restoring:
@@ -398,11 +371,10 @@ class Scheduler:
                 promised = sum(each.num_pending for each in self.running)
                 needed = sequence.num_pending - shared
                 space = needed + promised + self.headroom * len(self.running)
-            count = min(needed, budget, measured if sequence.echoes else budget)
+            count = budget.grant(sequence, needed)
             if count > 0:
                 batch.slices.append(Slice(sequence, count))
-            budget, promised = budget - count, promised + needed
-            measured -= count if sequence.echoes else 0
+            promised += needed
 
     def _place(self, sequence: Sequence, source: int, shared: int, space: int, batch: Batch) -> bool:
         """Give a sequence a slot that begins with what it shares, if `space` cells can be had; False if not.
@@ -411,6 +383,8 @@ class Scheduler:
         What a better class left behind is forgotten only when nobody runs, so that nobody waits for ever.
         """
         rank = sequence.priority.rank if self.running else 0
+        if not self.cache.is_unified:
+            return self._seat(sequence, rank, source, shared, batch)
         reachable = self.cache.num_free_cells + self.cache.num_idle_for(rank)
         if reachable - (shared if self.cache.is_kept(source) else 0) < space:
             return False  # before anything is forgotten in vain
@@ -436,11 +410,56 @@ class Scheduler:
         self._start(sequence, source, shared)
         return True
 
+    def _seat(self, sequence: Sequence, rank: int, source: int, shared: int, batch: Batch) -> bool:
+        """The same in streams: a sequence goes on where its prefix is, if that is beside those who run."""
+        slot = self._free_seat(sequence, rank, source)
+        if slot is None:
+            return False
+        if slot == source:
+            tokens = self.cache.kept_tokens(slot)
+            self.cache.take_over(slot, shared)
+            is_lost = len(tokens) - shared >= MIN_RESTORED and not self._is_held(tokens)
+            batch.changes.append(Trim(slot, shared, tokens if is_lost else None))
+        else:
+            if self.cache.is_kept(slot):
+                batch.changes.append(self._forget(slot))
+            self.cache.open(slot)
+            if shared:
+                self.cache.share(source, slot, shared)
+                batch.changes.append(Copy(source, slot, shared))
+        self._start(sequence, slot, shared)
+        return True
+
+    def _free_seat(self, sequence: Sequence, rank: int, source: int = -1) -> int | None:
+        """The slot for a newcomer: beside those who run, and then its own, a free one, the least recently used one."""
+        droppable = self.cache.droppable(rank)
+        seats = [*(slot for slot in droppable if slot == source), *sorted(self.cache.free_slots), *droppable]
+        promised = {slot for other, slot in self._reserved.items() if other is not sequence}
+        taken = {each.slot for each in self.running if each.slot is not None}
+        return best_seat(taken, [slot for slot in seats if slot not in promised] or seats)
+
+    def _close_gaps(self, batch: Batch) -> None:
+        """Let those who compute in this step sit in a row, where moving them is less work than the gap."""
+        sitting = {each.slot: each for each in self.running if each.slot is not None}
+        for slot, other in moves([slot for piece in batch.slices if (slot := piece.sequence.slot) is not None]):
+            movers = [each for each in (sitting.get(slot), sitting.get(other)) if each is not None]
+            if any(each.is_moved for each in movers) or self.cache.num_held(slot, other) > MAX_MOVED:
+                continue
+            self.cache.swap(slot, other)
+            names = {slot: other, other: slot}
+            for each in movers:
+                assert each.slot is not None
+                each.slot = names[each.slot]
+            self._reserved = {each: names.get(place, place) for each, place in self._reserved.items()}
+            batch.changes.append(Swap(slot, other))
+        batch.slices.sort(key=lambda piece: piece.sequence.slot or 0)
+
     def _displace(self, rank: int, space: int, batch: Batch, now: float) -> int | None:
         """Preempt the youngest running one of a class below `rank`, if that may make room; the slot that it had."""
         lower = [sequence for sequence in self.running if _rank(sequence, now) > rank]
         held = sum(sequence.num_cached for sequence in lower)
-        if not lower or self.cache.num_free_cells + self.cache.num_idle_for(rank) + held < space:
+        can_have = self.cache.num_free_cells + self.cache.num_idle_for(rank) + held
+        if not lower or (self.cache.is_unified and can_have < space):
             return None
         victim = max(reversed(lower), key=lambda sequence: sequence.priority.rank)
         change = self._preempt_this(victim)
@@ -453,6 +472,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self._restored.discard(sequence)
+        self._reserved.pop(sequence, None)
         self._looked.pop(sequence, None)
         sequence.slot, sequence.num_cached = slot, shared
         if not sequence.num_generated:

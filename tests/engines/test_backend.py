@@ -253,18 +253,28 @@ asyncio.run(backend.run(pathlib.Path({str(socket)!r}), "id", "name", Mode.COMPLE
 
 
 @pytest.mark.parametrize(
-    ("config", "has_gpu", "attention"),
+    ("config", "has_gpu", "chosen"),
     [
-        (LoadConfig(), False, False),
-        (LoadConfig(), True, None),
-        (LoadConfig(gpu_layers=0), True, False),
-        (LoadConfig(cache_type="q8_0"), False, None),
-        (LoadConfig(flash_attention=True), False, True),
+        (LoadConfig(), False, (False, False)),
+        (LoadConfig(), True, (True, None)),
+        (LoadConfig(gpu_layers=0), True, (False, False)),
+        (LoadConfig(cache_type="q8_0"), False, (False, None)),
+        (LoadConfig(flash_attention=True), False, (False, True)),
     ],
 )
-def test_processors_do_without_flash_attention(
-    monkeypatch: pytest.MonkeyPatch, config: LoadConfig, has_gpu: bool, attention: bool | None
+def test_processors_attend_in_streams_and_without_flash_attention(
+    monkeypatch: pytest.MonkeyPatch, config: LoadConfig, has_gpu: bool, chosen: tuple[bool, bool | None]
 ) -> None:
     """Unless somebody asks for it, or the cache needs it."""
     monkeypatch.setattr(backend_module, "_has_library", lambda name: has_gpu)
-    assert backend_module._choose_attention(config).flash_attention is attention
+    attention = backend_module._choose_attention(config)
+    assert (attention.unified_cache, attention.flash_attention) == chosen
+
+
+async def test_a_model_gets_windows_that_weigh_as_much_as_it_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least four and at most sixteen; four are enough where they are shared."""
+    backend = LlamaCppBackend(lambda model: DEMO)
+    assert await backend.windows("demo", BackendConfiguration(context_size=256)) == 16
+    assert await backend.windows("demo", BackendConfiguration(context_size=2048)) in range(4, 17)
+    monkeypatch.setattr(backend_module, "_has_library", lambda name: True)
+    assert await backend.windows("demo", BackendConfiguration(context_size=256)) == 4

@@ -47,11 +47,11 @@ PARIS = "The capital of France is Paris."
 STORY = "Once upon a time"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[LlamaCppEngine]:
-    """The demo model, with room for four windows of 512 tokens."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["pool", "streams"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[LlamaCppEngine]:
+    """The demo model, with room for four windows of 512 tokens: of all together, or of each its own."""
     engine = LlamaCppEngine()
-    await engine.load(DEMO, CONFIG)
+    await engine.load(DEMO, replace(CONFIG, unified_cache=request.param, flash_attention=request.param))
     yield engine
     await engine.unload()
 
@@ -370,19 +370,24 @@ async def test_what_is_kept_moves_together_and_is_still_what_it_was(tmp_path: Pa
     assert stats.num_free_cells == stats.num_cells
 
 
-@pytest.mark.parametrize("name", ["gemma3", "lfm2", "mamba"])
-async def test_other_memories_answer_the_same_with_and_without_what_they_kept(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_unified"), [("gemma3", True), ("gemma3", False), ("lfm2", True), ("lfm2", False), ("mamba", True)]
+)
+async def test_other_memories_answer_the_same_with_and_without_what_they_kept(
+    tmp_path: Path, name: str, is_unified: bool
+) -> None:
     """A sliding window shares prefixes like any other cache; recurrent memory shares nothing, and is right too."""
     shape = replace(SHAPES[name], window=64 if SHAPES[name].window else 0)
+    config = replace(CONFIG, context_size=1024, unified_cache=is_unified)
     engine = LlamaCppEngine()
-    await engine.load(write_model(shape, tmp_path / "model.gguf"), replace(CONFIG, context_size=1024))
+    await engine.load(write_model(shape, tmp_path / "model.gguf"), config)
     prompt = tuple(range(300, 500))
     fields: dict[str, Any] = {"prompt_tokens": prompt, "sampling": replace(GREEDY, max_tokens=8, ignore_eos=True)}
     cold = await ask(engine, **fields, logprobs=0)
     warm = await ask(engine, **fields, logprobs=0)
     longer = await ask(engine, **fields | {"prompt_tokens": (*prompt[:150], 7, 8, 9)}, logprobs=0)
     fresh = LlamaCppEngine()
-    await fresh.load(tmp_path / "model.gguf", replace(CONFIG, context_size=1024))
+    await fresh.load(tmp_path / "model.gguf", config)
     reference = await ask(fresh, **fields | {"prompt_tokens": (*prompt[:150], 7, 8, 9)}, logprobs=0)
     await engine.unload()
     await fresh.unload()

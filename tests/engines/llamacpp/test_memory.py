@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ CONFIG = LoadConfig(context_size=4096, num_parallel=4, num_sequences=32)
 
 MEASURE = """
 import ctypes, json, sys, psutil, llama_cpp as lib
-path, cells, slots, ubatch, outputs, flash, kind = sys.argv[1], *map(int, sys.argv[2:])
+path, cells, slots, ubatch, outputs, unified, flash, kind = sys.argv[1], *map(int, sys.argv[2:])
 lines = []
 log = lib.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
 lib.llama_log_set(log, ctypes.c_void_p(0))
@@ -36,7 +37,7 @@ model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_pa
 params = lib.llama_context_default_params()
 params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, 512, ubatch, slots
 params.n_outputs_max = outputs
-params.kv_unified, params.flash_attn_type, params.type_k, params.type_v = True, flash, kind, kind
+params.kv_unified, params.flash_attn_type, params.type_k, params.type_v = bool(unified), flash, kind, kind
 context = lib.llama_init_from_model(model, params)
 print(json.dumps("".join(lines)))
 """
@@ -124,6 +125,22 @@ def test_without_flash_attention_the_scores_are_kept() -> None:
     assert off.compute_bytes > SMALL_UBATCH * 8192 * 4 * 4 > on.compute_bytes
 
 
+def test_a_stream_is_a_window_for_each_request() -> None:
+    """Padded as llama.cpp pads it. A token looks at its own alone."""
+    config = LoadConfig(context_size=1000, num_parallel=4, num_sequences=32, unified_cache=False, flash_attention=False)
+    layout = lay_out(config, 8192, is_recurrent=False)
+    assert (layout.is_unified, layout.num_slots, layout.num_cells, layout.seen_cells) == (False, 4, 4096, 1024)
+    assert estimate(header(), config).cache_bytes == 4096 * 2 * (64 + 64) * 2
+
+
+def test_requests_share_the_cells_where_there_are_few_windows() -> None:
+    """More of them are served together so, unless no more are to be; recurrent memory has no windows."""
+    few = LoadConfig(context_size=1024, num_parallel=2, num_sequences=32, unified_cache=False)
+    assert lay_out(few, 8192, is_recurrent=False).is_unified
+    assert not lay_out(replace(few, num_sequences=2), 8192, is_recurrent=False).is_unified
+    assert lay_out(replace(few, num_parallel=8), 8192, is_recurrent=True).is_unified
+
+
 def test_accelerators_take_their_share_of_the_model() -> None:
     """All of it, none, or so many layers; the process stays where it is."""
     need = estimate(header(), CONFIG)
@@ -135,23 +152,28 @@ def test_accelerators_take_their_share_of_the_model() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(
-    ("flash_attention", "cache_type", "number"),
-    [(True, "f16", 1), (False, "f16", 1), (True, "q8_0", 8)],
-    ids=["flash", "plain", "q8_0"],
+    ("unified", "flash_attention", "cache_type", "number"),
+    [(True, True, "f16", 1), (True, False, "f16", 1), (True, True, "q8_0", 8), (False, False, "f16", 1)],
+    ids=["flash", "plain", "q8_0", "streams"],
 )
 def test_it_is_what_llama_cpp_allocates(
-    tmp_path: Path, name: str, flash_attention: bool, cache_type: str, number: int
+    tmp_path: Path, name: str, unified: bool, flash_attention: bool, cache_type: str, number: int
 ) -> None:
     """Weights, cache and graph come to within 10 % of its own count, and the cache exactly."""
     path = write_model(SHAPES[name], tmp_path / "model.gguf")
     shape = read_hyperparameters(read_header(path, arrays=False))
     config = LoadConfig(
-        context_size=4096, num_parallel=2, num_sequences=8, flash_attention=flash_attention, cache_type=cache_type
+        context_size=4096,
+        num_parallel=2 if unified else 4,
+        num_sequences=8,
+        unified_cache=unified,
+        flash_attention=flash_attention,
+        cache_type=cache_type,
     )
     need = estimate(read_header(path, arrays=False), config)
     layout = lay_out(config, shape.num_ctx, is_recurrent=shape.is_recurrent)
     shape_of = (layout.num_cells, layout.num_slots, layout.num_ubatch, layout.num_outputs)
-    numbers = (*shape_of, int(flash_attention), number)
+    numbers = (*shape_of, int(layout.is_unified), int(flash_attention), number)
     argv = [sys.executable, "-c", MEASURE, str(path), *map(str, numbers)]
     said = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     sizes = {kind: float(size) for kind, size in re.findall(r"(\w+) buffer size = +([\d.]+) MiB", said)}

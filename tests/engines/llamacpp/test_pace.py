@@ -8,12 +8,16 @@ from hypothesis import strategies as st
 from engines.llamacpp.pace import MIN_CHUNK, Pace
 
 
-def test_the_chunk_is_what_the_slowdown_affords() -> None:
-    """With decodes of 50 ms and 2 ms a prompt token, a step of 2.5 times the length has room for 37 tokens."""
-    pace = Pace(slowdown=2.5, max_chunk=512)
+def costs(pace: Pace) -> Pace:
+    """One that knows: decodes take 50 ms, a prompt token 2 ms."""
     pace.observe(num_decodes=4, num_prefill=0, seconds=0.050)
     pace.observe(num_decodes=0, num_prefill=100, seconds=0.200)
-    assert pace.chunk == 37
+    return pace
+
+
+def test_the_steady_chunk_is_what_the_slowdown_affords() -> None:
+    """With decodes of 50 ms and 2 ms a prompt token, a step of 2.5 times the length has room for 37 tokens."""
+    assert costs(Pace(slowdown=2.5, max_chunk=512)).steady_chunk == 37
 
 
 def test_prompt_tokens_cost_what_they_add_to_a_decoding_step() -> None:
@@ -21,7 +25,29 @@ def test_prompt_tokens_cost_what_they_add_to_a_decoding_step() -> None:
     pace = Pace(slowdown=2.0, max_chunk=512)
     pace.observe(num_decodes=4, num_prefill=0, seconds=0.050)
     pace.observe(num_decodes=4, num_prefill=25, seconds=0.100)
-    assert pace.chunk == 25
+    assert pace.steady_chunk == 25
+
+
+def test_a_prompt_after_a_calm_takes_large_portions() -> None:
+    """Half a second of them, until what was saved is spent; then it keeps to the pace."""
+    pace = costs(Pace(slowdown=2.5, max_chunk=512))
+    chunks = []
+    for _ in range(12):
+        chunks.append(pace.chunk)
+        pace.observe(num_decodes=4, num_prefill=pace.chunk, seconds=0.050 + 0.002 * pace.chunk)
+    assert chunks[:6] == [250] * 6, "3 s were saved, and each step adds its 75 ms"
+    assert chunks[-1] == 37
+
+
+def test_steps_without_prefill_save_for_later() -> None:
+    """Twenty of them are worth 1.5 s."""
+    pace = costs(Pace(slowdown=2.5, max_chunk=512))
+    for _ in range(10):
+        pace.observe(num_decodes=4, num_prefill=250, seconds=0.550)
+    assert pace.chunk == 37
+    for _ in range(20):
+        pace.observe(num_decodes=4, num_prefill=0, seconds=0.050)
+    assert pace.chunk == 250
 
 
 def test_a_machine_on_which_prefill_is_cheap_takes_the_largest_chunk() -> None:

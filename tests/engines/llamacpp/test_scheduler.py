@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engines.llamacpp.batch import Batch, Change, Clear, Copy, Restore, Swap, Trim
 from engines.llamacpp.detokenize import TextStream
 from engines.llamacpp.kvcache import Tokens, common_prefix
-from engines.llamacpp.scheduler import Batch, Clear, Copy, Restore, Scheduler, Trim
+from engines.llamacpp.scheduler import Scheduler
 from engines.llamacpp.sequence import Sequence
 from engines.request import Priority
 
@@ -442,7 +443,7 @@ def test_a_prefix_on_the_shelf_is_waited_for_once() -> None:
     assert shape(batch) == [(passes, 5)]
     machine.advance(batch)
     assert machine.wanted() == []
-    place = machine.make_place(200)
+    place = machine.make_place(sequence(5), 200)
     assert place is not None
     machine.cache.extend(place[0], 200)
     machine.cache.keep(place[0], [1] * 200)
@@ -483,8 +484,8 @@ def test_a_prefix_does_not_come_back_at_the_cost_of_those_who_run() -> None:
     machine = scheduler(num_cells=100, shares_prefixes=True)
     machine.add(sequence(70))
     step(machine)
-    assert machine.make_place(40) is None
-    assert machine.make_place(20) is not None
+    assert machine.make_place(sequence(5), 40) is None
+    assert machine.make_place(sequence(5), 20) is not None
 
 
 def test_a_prompt_that_is_measured_is_computed_whole_and_in_small_pieces() -> None:
@@ -525,25 +526,139 @@ def test_a_full_window_that_shares_cells_is_computed_anew() -> None:
     assert (first.num_cached, first.num_shifted, len(first.tokens)) == (0, 8, 12)
 
 
+def streams(**changes: Any) -> Scheduler:
+    """A scheduler of four streams."""
+    return scheduler(**{"num_cells": 4000, "num_slots": 4, "shares_prefixes": True, "is_unified": False, **changes})
+
+
+def test_a_conversation_goes_on_in_its_stream() -> None:
+    """Nothing is copied, and what follows the common part is dropped; it was short."""
+    machine = streams()
+    machine.add(first := asking([1] * 50))
+    step(machine)
+    machine.remove(first)
+    machine.add(again := asking([1] * 49 + [2] * 10))
+    batch = machine.next_batch()
+    assert batch.changes == [Trim(0, 49)]
+    assert shape(batch) == [(again, 10)]
+    assert again.slot == 0
+
+
+def test_what_is_cut_off_a_stream_can_be_saved() -> None:
+    """A newcomer that shares only the beginning of a finished one gets its stream; the rest is worth keeping."""
+    machine = streams()
+    machine.add(first := asking([1] * 20 + [2] * 60))
+    step(machine)
+    machine.remove(first)
+    machine.add(asking([1] * 20 + [3] * 10))
+    [trim] = machine.next_batch().changes
+    assert isinstance(trim, Trim)
+    assert trim.tokens is not None
+    assert list(trim.tokens) == first.tokens[:80]
+
+
+def test_a_prefix_is_copied_to_a_stream_beside_its_owner() -> None:
+    """The owner goes on with its own cells."""
+    machine = streams()
+    machine.add(asking([1] * 50))
+    step(machine)
+    machine.add(other := asking([1] * 45 + [2] * 5))
+    assert machine.next_batch().changes == [Copy(0, 1, 45)]
+    assert other.num_reused == 45
+
+
+def test_a_gap_between_streams_is_closed() -> None:
+    """The last one changes places with what the one that finished has left behind."""
+    machine = streams()
+    three = [asking([number] * 20) for number in range(3)]
+    for each in three:
+        machine.add(each)
+    step(machine)
+    machine.remove(three[1])
+    batch = step(machine)
+    assert batch.changes == [Swap(2, 1)]
+    assert [each.slot for each in (three[0], three[2])] == [0, 1]
+    assert machine.cache.kept_slots() == [2]
+
+
+def test_a_newcomer_waits_when_every_stream_is_taken() -> None:
+    """However short it is; somebody of a lower class makes way for it."""
+    machine = streams(num_batch=200)
+    running = [asking([number] * 20, priority=Priority.NORMAL) for number in range(4)]
+    for each in running:
+        machine.add(each)
+    step(machine)
+    machine.add(equal := asking([7], priority=Priority.NORMAL))
+    step(machine)
+    assert equal.slot is None
+    machine.add(reader := asking([8] * 9, priority=Priority.INTERACTIVE))
+    assert step(machine).num_preempted == 1
+    assert reader.slot == 3
+    assert running[3].slot is None
+
+
+def test_prefixes_come_back_for_as_many_as_have_a_seat() -> None:
+    """One that was brought back for somebody is not dropped for the next one in the queue."""
+    machine = streams(num_slots=2, num_cells=2000, shelf=OneTitle(*[1] * 200), num_batch=400)
+    waiting = [asking([1] * (201 + number)) for number in range(3)]
+    for each in waiting:
+        machine.add(each)
+    wanted = machine.wanted()
+    assert [restore.sequence for restore in wanted] == waiting[:2]
+    places = [machine.make_place(restore.sequence, 200) for restore in wanted]
+    assert places == [(0, []), (1, [])]
+
+
 NUM_CELLS, NUM_SLOTS, NUM_BATCH = 48, 5, 16
+
+
+class Cells:
+    """What llama.cpp would hold: each slot's tokens, changed as the scheduler says."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+
+    def apply(self, change: Change) -> None:
+        """Do as llama.cpp does; what is to be saved must be there."""
+        match change:
+            case Clear(slot, tokens):
+                assert tokens is None or list(tokens) == self.of(slot)
+                self.tokens.pop(slot, None)
+            case Copy(source, slot, count):
+                assert not self.of(slot)
+                assert len(self.of(source)) >= count
+                self.tokens[slot] = self.of(source)[:count]
+            case Trim(slot, count, tokens):
+                assert tokens is None or list(tokens) == self.of(slot)
+                del self.tokens[slot][count:]
+            case Swap(one, other):
+                self.tokens[one], self.tokens[other] = self.of(other), self.of(one)
+
+    def of(self, slot: int) -> list[int]:
+        """A slot's tokens."""
+        return self.tokens.get(slot, [])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, departures and steps, with windows that may each fill the whole cache."""
 
     shares_prefixes = False
+    is_unified = True
+    num_cells = NUM_CELLS
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = scheduler(
-            num_cells=NUM_CELLS,
+            num_cells=self.num_cells,
             num_slots=NUM_SLOTS,
             num_batch=NUM_BATCH,
             busy_prefill=4,
             headroom=3,
             shares_prefixes=self.shares_prefixes,
+            is_unified=self.is_unified,
         )
         self.alive: list[Sequence] = []
+        self.cells = Cells()
 
     @rule(
         num_prompt=st.integers(1, NUM_CELLS - 1),
@@ -568,14 +683,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A client hangs up."""
         self.finish(data.draw(st.sampled_from(self.alive)))
 
+    @precondition(lambda self: self.scheduler.waiting and self.shares_prefixes)
+    @rule(data=st.data())
+    def bring_back(self, data: st.DataObject) -> None:
+        """A prefix comes from the shelf for somebody who waits."""
+        sequence = data.draw(st.sampled_from(self.scheduler.waiting))
+        tokens = sequence.tokens[: data.draw(st.integers(1, len(sequence.tokens)))]
+        place = self.scheduler.make_place(sequence, len(tokens))
+        if place is not None:
+            for change in place[1]:
+                self.cells.apply(change)
+            self.cells.tokens[place[0]] = list(tokens)
+            self.scheduler.cache.extend(place[0], len(tokens))
+            self.scheduler.cache.keep(place[0], tokens, sequence.priority.rank)
+
     @precondition(lambda self: self.alive)
     @rule()
     def take_step(self) -> None:
-        """One turn of the engine loop, which always computes something."""
+        """One turn of the engine loop, which always computes something, after what everybody has in the cache."""
         batch = self.scheduler.next_batch()
         assert batch.slices
         assert batch.num_tokens <= NUM_BATCH
         assert len({piece.sequence for piece in batch.slices}) == len(batch.slices)
+        for change in batch.changes:
+            self.cells.apply(change)
+        for piece in batch.slices:
+            each = piece.sequence
+            assert each.slot is not None
+            assert self.cells.of(each.slot) == each.tokens[: each.num_cached]
+            self.cells.tokens[each.slot] = each.tokens[: each.num_cached + piece.count]
         ready = [piece.sequence for piece in batch.slices if piece.is_last]
         self.scheduler.advance(batch)
         for each in ready:
@@ -584,18 +720,32 @@ class SchedulerMachine(RuleBasedStateMachine):
             if each.is_full:
                 self.finish(each)
             elif each.fills_window:
-                self.scheduler.shift(each, in_place=self.shares_prefixes)
+                self.shift(each)
+
+    def shift(self, each: Sequence) -> None:
+        """A full window loses its middle."""
+        assert each.slot is not None
+        held = self.cells.of(each.slot)
+        change = self.scheduler.shift(each, in_place=self.shares_prefixes)
+        if isinstance(change, Clear):
+            self.cells.apply(change)
+        else:
+            keep, lost = change
+            del held[keep : keep + lost]
 
     @precondition(lambda self: len(self.scheduler.running) > 1)
     @rule()
     def retreat(self) -> None:
         """The cache turned out fuller than counted."""
-        assert self.scheduler.give_way() is not None
+        change = self.scheduler.give_way()
+        assert change is not None
+        self.cells.apply(change)
 
     def finish(self, each: Sequence) -> None:
         """A sequence ends."""
         self.alive.remove(each)
-        self.scheduler.remove(each)
+        for change in self.scheduler.remove(each):
+            self.cells.apply(change)
 
     @invariant()
     def cells_are_enough(self) -> None:
@@ -603,7 +753,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         cache = self.scheduler.cache
         assert cache.num_free_cells >= 0
         busy = {run for each in self.scheduler.running if each.slot is not None for run in cache._runs[each.slot]}
-        assert self.scheduler.num_free_cells == NUM_CELLS - sum(run.length for run in busy)
+        assert self.scheduler.num_free_cells == self.num_cells - sum(run.length for run in busy)
 
     @invariant()
     def slots_are_kept_apart(self) -> None:
@@ -612,8 +762,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(slots) == len(self.scheduler.running)
         cache = self.scheduler.cache
         assert sorted([*slots, *cache._free_slots, *cache._kept]) == list(range(NUM_SLOTS))
-        held = [cache.length(slot) for slot in slots]
-        assert held == [each.num_cached for each in self.scheduler.running]
+        assert [cache.length(slot) for slot in slots] == [each.num_cached for each in self.scheduler.running]
+        assert all(list(cache.kept_tokens(slot)) == self.cells.of(slot) for slot in cache.kept_slots())
         assert all(each.slot is None and each.num_cached == 0 for each in self.scheduler.waiting)
         assert {*self.scheduler.running, *self.scheduler.waiting} == set(self.alive)
 
@@ -633,6 +783,20 @@ class SharingMachine(SchedulerMachine):
     shares_prefixes = True
 
 
+class StreamsMachine(SharingMachine):
+    """The same with a window of cells for each slot; those of a step sit in a row."""
+
+    is_unified = False
+    num_cells = NUM_CELLS * NUM_SLOTS
+
+    @invariant()
+    def nobody_outgrows_a_stream(self) -> None:
+        """A slot holds a window at most."""
+        assert all(len(tokens) <= NUM_CELLS for tokens in self.cells.tokens.values())
+
+
+StreamsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestStreamsMachine = StreamsMachine.TestCase
 SharingMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestSharingMachine = SharingMachine.TestCase
 SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
