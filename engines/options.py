@@ -254,3 +254,9 @@ _PROMPT: Mapping[str, Reader] = {"num_keep": _integer()}
 DEFAULT_NUM_KEEP = 4
 
 _KNOWN = {**_SAMPLERS, **_LOAD, **_PROMPT}
+
+OPTION_NAMES = frozenset(_KNOWN)
+"""Every option that means something."""
+
+LIST_OPTIONS = frozenset({"stop", "dry_sequence_breakers"})
+"""Those whose value is a list of texts."""

@@ -15,7 +15,7 @@ from gateway.cli.client import CommandFailed
 from gateway.cli.create import copy, create, remove
 from gateway.cli.doctor import doctor
 from gateway.cli.models import list_loaded, list_models, show, stop
-from gateway.cli.run import run
+from gateway.cli.run import RunCommand, run
 from gateway.cli.serve import serve
 from gateway.cli.transfer import pull, push
 from gateway.cli.usage import usage
@@ -55,7 +55,7 @@ def headwater(
 
 
 app.command("serve")(serve)
-app.command("run")(run)
+app.command("run", cls=RunCommand)(run)
 app.command("list")(list_models)
 app.command("ls", hidden=True)(list_models)
 app.command("ps")(list_loaded)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from engines.options import OptionTypeError, parse_load_options, parse_sampling
-from engines.request import JSON, LoadOptions, Sampling
+from engines.options import LIST_OPTIONS, OPTION_NAMES, OptionTypeError, OptionValueError, check_options
+from engines.request import JSON
 
 
 class BadParameter(ValueError):
@@ -32,19 +32,18 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, JSON]:
 
 
 def parse_parameter(name: str, words: Sequence[str]) -> JSON:
-    """The value of option `name`: every word for `stop`, else the last word as a number or a boolean.
+    """The value of option `name`: every word where it is a list, else the last word as a number or a boolean.
 
     Raises:
-        BadParameter: no such option, or a value of the wrong type.
+        BadParameter: no such option, or a value that it cannot have.
     """
-    value: JSON = list(words) if name == "stop" else _scalar(words[-1])
-    option = {name: value}
+    if name not in OPTION_NAMES:
+        raise BadParameter(f"there is no option {name!r}")
+    value: JSON = list(words) if name in LIST_OPTIONS else _scalar(words[-1])
     try:
-        known = parse_sampling(option) != Sampling() or parse_load_options(option) != LoadOptions()
-    except OptionTypeError as error:
+        check_options({name: value})
+    except (OptionTypeError, OptionValueError) as error:
         raise BadParameter(error.message) from None
-    if not known:
-        raise BadParameter(f"there is no option {name!r} that takes {' '.join(words)!r}")
     return value
 
 

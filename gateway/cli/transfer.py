@@ -45,14 +45,14 @@ def push(model: ModelName, insecure: Insecure = False, as_json: AsJSON = False) 
         ) from None
 
 
-def pull_missing(client: Client, model: str) -> None:
+def pull_missing(client: Client, model: str, *, insecure: bool = False) -> None:
     """Pull a model that the server does not know. Raises CommandFailed."""
     try:
         client.post("/api/show", {"model": model}, dict)
     except CommandFailed as failure:
         if failure.status != 404:
             raise
-        _follow(client, "/api/pull", {"model": model}, show_steps)
+        _follow(client, "/api/pull", {"model": model, "insecure": insecure}, show_steps)
 
 
 def _transfer(path: str, model: str, insecure: bool, show: Show) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import os
 import pty
 import re
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Self
 
 import pytest
-from cli_server import STATISTICS, CLIServer, chat_line, server_fixture  # noqa: F401 - a fixture
+from cli_server import SHOW, STATISTICS, CLIServer, chat_line, server_fixture  # noqa: F401 - a fixture
 
 _PATIENCE_S = 20.0
+PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 20
 
 
 class Terminal:
@@ -159,12 +162,33 @@ def test_commands_change_what_is_sent(server: CLIServer, terminal: Terminal) -> 
         ("/set parameter", "Write /set parameter NAME VALUE"),
         ("/set parameter seed", "What value should seed have?"),
         ("/set colour", "Unknown command '/set colour'"),
-        ("/set", "Unknown command '/set'"),
+        ("/set", "/set system TEXT"),
         ("/dance now", "Unknown command '/dance now'"),
-        ("/?", "/set system TEXT"),
-        ("/help", "/set system TEXT"),
+        ("/?", "/load MODEL"),
+        ("/help", "/load MODEL"),
+        ("/? set", "/set system TEXT"),
+        ("/? /show", "/show modelfile"),
+        ("/? shortcuts", "Ctrl-W"),
         ("/show info", "context length      131072"),
+        ("/show license", "Release Date: September 25, 2024"),
+        ("/show system", "Be brief."),
+        ("/show template", "No prompt template was specified"),
+        ("/show parameters", "temperature                    0.7"),
+        ("/show", "/show modelfile"),
+        ("/show colours", "Unknown command '/show colours'"),
         ("/clear", "Cleared the conversation."),
+        ("/set history", "Set 'history' mode."),
+        ("/set nohistory", "Set 'nohistory' mode."),
+        ("/set wordwrap", "Set 'wordwrap' mode."),
+        ("/set nowordwrap", "Set 'nowordwrap' mode."),
+        ("/set quiet", "Set 'quiet' mode."),
+        ("/set format json", "Set format to 'json' mode."),
+        ("/set format xml", "Invalid or missing format."),
+        ("/set noformat", "Disabled format."),
+        ("/set think high", "Set 'think' mode to 'high'."),
+        ("/list", "llama3.2:latest"),
+        ("/load", "Usage: /load MODEL"),
+        ("/save a b", "Usage: /save MODEL"),
     ],
 )
 def test_command_is_answered(terminal: Terminal, command: str, told: str) -> None:
@@ -226,3 +250,115 @@ def test_ctrl_c_in_a_single_answer_ends_the_command(server: CLIServer) -> None:
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.process.wait(_PATIENCE_S) == 130
         assert server.left.wait(_PATIENCE_S)
+
+
+def test_another_model_is_loaded_and_the_conversation_begins_anew(server: CLIServer, terminal: Terminal) -> None:
+    """What was said to the first is not said to the second."""
+    for typed, told in [("Hi", "Hello there."), ("/load other", "Loaded model 'other'."), ("New", "Hello there.")]:
+        terminal.type(typed)
+        terminal.expect(told)
+        terminal.expect(">>> ")
+    assert [(body["model"], len(body["messages"])) for body in server.bodies("/api/chat")] == [
+        ("m", 0),
+        ("m", 1),
+        ("other", 0),
+        ("other", 1),
+    ]
+
+
+def test_a_model_that_is_not_there_leaves_the_one_that_is(server: CLIServer, terminal: Terminal) -> None:
+    """And what was said to it."""
+    terminal.type("Hi")
+    terminal.expect(">>> ")
+    server.answers["/api/chat"] = ({"error": "model 'other' not found"}, 404)
+    terminal.type("/load other")
+    terminal.expect("Couldn't find model 'other'.")
+    del server.answers["/api/chat"]
+    terminal.type("Go on")
+    terminal.expect("Hello there.")
+    assert (server.bodies("/api/chat")[-1]["model"], len(server.bodies("/api/chat")[-1]["messages"])) == ("m", 3)
+
+
+def test_a_conversation_is_saved_as_a_model(server: CLIServer, terminal: Terminal) -> None:
+    """With its system message, its options and what was said, as Ollama's create takes them."""
+    server.answers["/api/create"] = ({"status": "success"}, 200)
+    for typed in ["/set system Be brief.", "/set parameter num_keep 8", "Hi", "/save mine"]:
+        terminal.type(typed)
+        terminal.expect(">>> ")
+    assert "Created new model 'mine'." in terminal.shown
+    assert server.bodies("/api/create") == [
+        {
+            "model": "mine",
+            "from": "m",
+            "stream": False,
+            "system": "Be brief.",
+            "parameters": {"num_keep": 8},
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}],
+        }
+    ]
+    server.answers["/api/create"] = ({"error": "invalid model name"}, 400)
+    terminal.type("/save a/b/c/d/e")
+    terminal.expect("The model name 'a/b/c/d/e' is invalid.")
+    terminal.expect(">>> ")
+
+
+def test_json_mode_reaches_the_server(server: CLIServer, terminal: Terminal) -> None:
+    """Until it is taken back."""
+    for typed in ["/set format json", "Hi", "/set noformat", "Again"]:
+        terminal.type(typed)
+        terminal.expect(">>> ")
+    assert [body.get("format") for body in server.bodies("/api/chat")[1:]] == ["json", None]
+
+
+def test_a_picture_that_is_named_is_sent_along(server: CLIServer, terminal: Terminal, tmp_path: Path) -> None:
+    """Without its path in the text; a line that begins with a path is no command."""
+    picture = tmp_path / "my cat.png"
+    picture.write_bytes(PNG)
+    server.answers["/api/show"] = (SHOW | {"capabilities": ["completion", "vision"]}, 200)
+    written = str(picture).replace(" ", "\\ ")
+    terminal.type(f"{written} What is this?")
+    terminal.expect(f"Added image '{picture}'")
+    terminal.expect("Hello there.")
+    (message,) = server.bodies("/api/chat")[-1]["messages"]
+    assert (message["content"], base64.b64decode(message["images"][0])) == ("What is this?", PNG)
+
+
+def test_a_model_that_cannot_see_gets_the_path_as_text(server: CLIServer, terminal: Terminal, tmp_path: Path) -> None:
+    """It may be what the question is about."""
+    picture = tmp_path / "cat.png"
+    picture.write_bytes(PNG)
+    terminal.type(f"What is {picture} for?")
+    terminal.expect("Hello there.")
+    assert server.bodies("/api/chat")[-1]["messages"] == [{"role": "user", "content": f"What is {picture} for?"}]
+
+
+def test_a_refused_picture_is_told_and_forgotten(server: CLIServer, terminal: Terminal, tmp_path: Path) -> None:
+    """The conversation goes on without it."""
+    picture = tmp_path / "cat.jpg"
+    picture.write_bytes(b"no picture")
+    server.answers["/api/show"] = (SHOW | {"capabilities": ["completion", "vision"]}, 200)
+    terminal.type(f"Look: {picture}")
+    terminal.expect("is no JPEG, PNG or WebP picture")
+    terminal.expect(">>> ")
+    picture.write_bytes(PNG)
+    server.answers["/api/chat"] = ({"error": "this model is missing data required for image input"}, 400)
+    terminal.type(f"Look: {picture}")
+    terminal.expect("Error: this model is missing data required for image input")
+    terminal.expect(">>> ")
+    del server.answers["/api/chat"]
+    terminal.type("Never mind")
+    terminal.expect("Hello there.")
+    assert server.bodies("/api/chat")[-1]["messages"] == [{"role": "user", "content": "Never mind"}]
+
+
+def test_long_lines_are_broken_between_words(server: CLIServer, terminal: Terminal) -> None:
+    """In a terminal of 80 columns, unless somebody wants them whole."""
+    server.chat = [chat_line("0123456 " * 10 + "to"), chat_line("gether"), chat_line("", **STATISTICS)]
+    terminal.type("Hi")
+    shown = terminal.expect("together")
+    assert shown.endswith("0123456 \n")
+    terminal.expect(">>> ")
+    terminal.type("/set nowordwrap")
+    terminal.expect(">>> ")
+    terminal.type("Hi")
+    assert terminal.expect("together").endswith("0123456 ")

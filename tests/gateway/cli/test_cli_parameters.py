@@ -28,6 +28,8 @@ def test_values_have_the_types_of_their_options() -> None:
         ("num_ctx=true", 'option "num_ctx" must be of type integer'),
         ("num_ctx=NaN", 'option "num_ctx" must be of type integer'),
         ("=1", "no option ''"),
+        ("num_thread=5000", "expected a value <= 1024"),
+        ("num_keep=some", 'option "num_keep" must be of type integer'),
         ("seed=null", 'option "seed" must be of type integer'),
     ],
 )

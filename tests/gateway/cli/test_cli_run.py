@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+from base64 import b64encode
+from pathlib import Path
+
 import pytest
-from cli_server import STATISTICS, CLIServer, chat_line, server_fixture  # noqa: F401 - a fixture
+from cli_server import SHOW, STATISTICS, CLIServer, chat_line, server_fixture  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from gateway.cli.main import app
@@ -114,3 +118,66 @@ def test_line_separators_inside_an_answer_do_not_cut_it(server: CLIServer) -> No
     """U+0085 and U+2028 may stand in a JSON string; a line of the stream ends at newlines only."""
     server.chat = [chat_line("a\u2028b\u0085c"), chat_line(**STATISTICS)]
     assert CliRunner().invoke(app, ["run", "m", "Hi"]).stdout == "a\u2028b\ufffdc\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "think"),
+    [("--think", True), ("--think=true", True), ("--think=false", False), ("--think=high", "high")],
+)
+def test_how_much_to_think_is_said_as_in_ollama(server: CLIServer, argument: str, think: bool | str) -> None:
+    """The level may be left out, and never swallows the prompt."""
+    assert CliRunner().invoke(app, ["run", argument, "m", "Hi"]).exit_code == 0
+    (body,) = server.bodies("/api/chat")
+    assert (body["think"], body["messages"][0]["content"]) == (think, "Hi")
+
+
+def test_a_prompt_behind_two_dashes_is_left_alone(server: CLIServer) -> None:
+    """Whatever it looks like."""
+    CliRunner().invoke(app, ["run", "m", "--", "--think=high"])
+    assert server.bodies("/api/chat")[0]["messages"][0]["content"] == "--think=high"
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("json", "json"), ('{"type": "object"}', {"type": "object"})])
+def test_a_format_is_sent(server: CLIServer, text: str, wanted: object) -> None:
+    """The word, or a schema as the API takes it."""
+    CliRunner().invoke(app, ["run", "m", "Hi", "--format", text])
+    assert server.bodies("/api/chat")[0]["format"] == wanted
+
+
+@pytest.mark.parametrize("text", ["xml", "[1]", "{"])
+def test_a_format_that_is_none_costs_no_request(server: CLIServer, text: str) -> None:
+    """It is told before anything is asked."""
+    result = CliRunner().invoke(app, ["run", "m", "Hi", "--format", text])
+    assert (result.exit_code, server.bodies("/api/chat")) == (2, [])
+    assert "--format: expected json" in result.stderr
+
+
+def test_json_is_what_the_server_said(server: CLIServer) -> None:
+    """An object a line, for programs."""
+    result = CliRunner().invoke(app, ["run", "m", "Hi", "--json"])
+    assert [json.loads(line) for line in result.stdout.splitlines()] == server.chat
+
+
+def test_json_is_for_one_answer(server: CLIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation is for people."""
+    monkeypatch.setattr("gateway.cli.run._question", lambda words: None)
+    result = CliRunner().invoke(app, ["run", "m", "--json"])
+    assert (result.exit_code, server.requests) == (2, [])
+
+
+def test_num_keep_is_an_option(server: CLIServer) -> None:
+    """It is no sampler and fixed by no load, and an option all the same."""
+    CliRunner().invoke(app, ["run", "m", "Hi", "--option", "num_keep=8"])
+    assert server.bodies("/api/chat")[0]["options"] == {"num_keep": 8}
+
+
+def test_a_picture_in_the_prompt_is_sent_along(server: CLIServer, tmp_path: Path) -> None:
+    """As in a conversation."""
+    picture = tmp_path / "cat.webp"
+    picture.write_bytes(b"RIFF0000WEBP")
+    server.answers["/api/show"] = (SHOW | {"capabilities": ["vision"]}, 200)
+    result = CliRunner().invoke(app, ["run", "m", f"What is '{picture}'?"])
+    assert result.stdout == "Hello there.\n"
+    assert f"Added image '{picture}'" in result.stderr
+    (message,) = server.bodies("/api/chat")[0]["messages"]
+    assert message == {"role": "user", "content": "What is ?", "images": [b64encode(b"RIFF0000WEBP").decode()]}
