@@ -66,7 +66,7 @@ def measure(options: BareOptions) -> BareRates:
     params.flash_attn_type = 0  # as fast as llama.cpp can on a processor: see engines.llamacpp.backend
     params.n_seq_max = params.n_outputs_max = options.num_sequences
     params.n_threads = params.n_threads_batch = options.num_threads or len(os.sched_getaffinity(0))
-    params.kv_unified = True
+    params.kv_unified = False
     params.no_perf = True
     context = lib.llama_init_from_model(model, params)
     if not context:

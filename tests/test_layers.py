@@ -66,7 +66,13 @@ TABLE = [
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.inference", "engines.store.*", *VOCABULARY),
     ),
     Row(("engines.llamacpp.capi",)),
-    Row(("engines.llamacpp.bindings",), ("engines.llamacpp.capi", *VOCABULARY), ("llguidance", "numpy")),
+    Row(("engines.llamacpp.quantize",), ("engines.llamacpp.capi",)),
+    Row(("engines.llamacpp.model",), ("engines.llamacpp.capi", *VOCABULARY), ("llguidance",)),
+    Row(
+        ("engines.llamacpp.context", "engines.llamacpp.embedding_context", "engines.llamacpp.sampler"),
+        ("engines.llamacpp.capi", "engines.llamacpp.context", "engines.llamacpp.model", *VOCABULARY),
+        ("numpy",),
+    ),
     Row(
         ("engines.llamacpp.*",),
         ("engines.llamacpp.*", "engines.chat.*", "engines.store.gguf", "engines.inference", *VOCABULARY),

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.llamacpp.bindings import CANDIDATE, Candidates, Logits
+from engines.llamacpp.context import Logits
+from engines.llamacpp.sampler import CANDIDATE, Candidates
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -7,6 +7,7 @@ instead, which has every name that its `__init__` would have re-exported from th
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import sys
@@ -24,3 +25,16 @@ def _load() -> Any:
 
 
 lib = _load()
+
+_WARN = 3  # ggml.h ggml_log_level: 1 debug, 2 info, 3 warn, 4 error, 5 continues the line before
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]  # the binding has no types
+def say_on_stderr(level: int, text: bytes, _user_data: object) -> None:
+    """llama.cpp's warnings and errors on stderr, where the parent keeps the end of them; its chatter nowhere."""
+    if _WARN <= level <= _WARN + 1 and b"n_ctx_train" not in text:  # our pool of cells is meant to exceed one window
+        sys.stderr.write(text.decode("utf-8", "replace"))
+        sys.stderr.flush()
+
+
+lib.llama_log_set(say_on_stderr, ctypes.c_void_p(0))

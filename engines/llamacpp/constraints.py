@@ -21,7 +21,8 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engines.chat.parser import THINK
 from engines.errors import BadRequest
-from engines.llamacpp.bindings import Context, Model, guidance_tokenizer
+from engines.llamacpp.context import Context
+from engines.llamacpp.model import Model, guidance_tokenizer
 from engines.llamacpp.sequence import TokenChooser
 from engines.request import JSON, OutputFormat, Syntax
 

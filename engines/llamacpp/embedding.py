@@ -39,9 +39,10 @@ from engines.errors import (
 )
 from engines.events import Timings, Usage, Vector
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
-from engines.llamacpp.bindings import EmbeddingContext, Model, Vectors, rerank_joints
+from engines.llamacpp.embedding_context import EmbeddingContext, Vectors
 from engines.llamacpp.embedding_loop import EmbeddingLoop, Job
 from engines.llamacpp.hparams import read_hyperparameters
+from engines.llamacpp.model import Model, rerank_joints
 from engines.llamacpp.pairs import Pair, PairBuilder
 from engines.llamacpp.threads import Threads
 from engines.request import EmbedRequest, GenerateRequest, Mode, Priority, RerankRequest

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.errors import BadRequest, Cancelled, HeadwaterError
-from engines.llamacpp.bindings import EmbeddingContext, Vectors
+from engines.llamacpp.embedding_context import EmbeddingContext, Vectors
 from engines.llamacpp.threads import Threads
 from engines.request import Priority
 from engines.store.gguf import Pooling

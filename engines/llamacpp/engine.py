@@ -32,13 +32,14 @@ from engines.errors import (
     WorkerCrashed,
 )
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
-from engines.llamacpp.bindings import Context, Model, version
 from engines.llamacpp.constraints import ConstrainedChooser, Grammars
+from engines.llamacpp.context import Context
 from engines.llamacpp.detokenize import TextStream
 from engines.llamacpp.generation import LlamaCppGeneration
 from engines.llamacpp.hparams import read_hyperparameters
 from engines.llamacpp.layout import lay_out
 from engines.llamacpp.loop import EngineLoop, Output
+from engines.llamacpp.model import Model, version
 from engines.llamacpp.pace import Pace
 from engines.llamacpp.sampling import make_chooser, resolve_bias
 from engines.llamacpp.scheduler import Scheduler

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from engines.events import TokenLogprob
-from engines.llamacpp.bindings import Logits
 from engines.llamacpp.candidates import likeliest
+from engines.llamacpp.context import Logits
 
 Piece = Callable[[int], bytes]
 

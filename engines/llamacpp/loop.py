@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from engines.events import FinishReason, TokenLogprob
 from engines.llamacpp.batch import Batch, Change, Clear, Copy, Restore, Slice, Swap, Trim
-from engines.llamacpp.bindings import Context, DecodeFailed, OutOfCells
+from engines.llamacpp.context import Context, DecodeFailed, OutOfCells
 from engines.llamacpp.kvcache import Tokens
 from engines.llamacpp.logprobs import Likelihoods, Piece
 from engines.llamacpp.pace import Pace

@@ -7,12 +7,15 @@ outlives whoever started it.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from engines.llamacpp.bindings import quantize
+from engines.llamacpp.capi import lib, say_on_stderr
 
 _NICENESS = 10  # those who are being answered come first
 
@@ -22,6 +25,31 @@ def main(source: str, target: str, kind: str) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(_NICENESS)
     return 0 if quantize(Path(source), Path(target), kind, _tell) else 1
+
+
+def quantize(source: Path, target: Path, kind: str, on_tensor: Callable[[int, int], None]) -> bool:
+    """Write a model's weights anew as another type, such as `Q4_K_M`, or as they are with `COPY`; whether that worked.
+
+    A model that is split becomes one file; `source` is its first part then, under the name that llama.cpp gives parts.
+    `on_tensor` is told each tensor's number, from 1, and how many there are. llama.cpp's own words are on stderr.
+    """
+    lib.llama_backend_init()
+    params = lib.llama_model_quantize_default_params()
+    params.only_copy = kind == "COPY"
+    if not params.only_copy:
+        params.ftype = getattr(lib, "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}")
+
+    @lib.llama_log_callback  # type: ignore[untyped-decorator]  # the binding has no types
+    def listen(level: int, text: bytes, user_data: object) -> None:
+        if tensor := re.match(rb"\[ *(\d+)/ *(\d+)\]", text):
+            on_tensor(int(tensor[1]), int(tensor[2]))
+        say_on_stderr(level, text, user_data)
+
+    lib.llama_log_set(listen, ctypes.c_void_p(0))
+    try:
+        return int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))) == 0
+    finally:
+        lib.llama_log_set(say_on_stderr, ctypes.c_void_p(0))
 
 
 def _end_with_parent() -> None:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from engines.errors import BadRequest
-from engines.llamacpp.bindings import Context, Model, Sampler, has_dry, is_greedy, penalty_window
 from engines.llamacpp.candidates import gather, likeliest
+from engines.llamacpp.context import Context
+from engines.llamacpp.model import Model
+from engines.llamacpp.sampler import Sampler, has_dry, is_greedy, penalty_window
 from engines.llamacpp.sequence import TokenChooser
 from engines.request import Sampling
 

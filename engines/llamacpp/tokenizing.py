@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from engines.errors import BadRequest, ModelNotLoaded
 from engines.events import Tokenization
 from engines.inference import InferenceBackend
-from engines.llamacpp.bindings import Model
 from engines.llamacpp.embedding import EmbeddingEngine
 from engines.llamacpp.engine import LlamaCppEngine
+from engines.llamacpp.model import Model
 from engines.request import TokenizeRequest
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from engines.errors import BadRequest
-from engines.llamacpp.bindings import Context, Logits, Model
 from engines.llamacpp.constraints import ConstrainedChooser, Grammars
+from engines.llamacpp.context import Context, Logits
+from engines.llamacpp.model import Model
 from engines.request import OutputFormat, Syntax
 
 DEMO = Path(__file__).parents[3] / "engines/store/demo/demo.gguf"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.errors import BadRequest, Cancelled
-from engines.llamacpp.bindings import Vectors
+from engines.llamacpp.embedding_context import Vectors
 from engines.llamacpp.embedding_loop import NOT_FINITE, EmbeddingLoop, Job, JobQueue, pool_chunks
 from engines.llamacpp.threads import Threads
 from engines.request import Priority

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import BadRequest
-from engines.llamacpp.bindings import Context, Logits, Model, Sampler
 from engines.llamacpp.candidates import gather
+from engines.llamacpp.context import Context, Logits
 from engines.llamacpp.engine import DEFAULTS
+from engines.llamacpp.model import Model
+from engines.llamacpp.sampler import Sampler
 from engines.llamacpp.sampling import CandidateChooser, ChainChooser, GreedyChooser, make_chooser, resolve_bias
 from engines.request import Sampling
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.llamacpp import bindings
-from engines.llamacpp.bindings import Model, fold_seed
+from engines.llamacpp import model as model_module
+from engines.llamacpp.model import Model
+from engines.llamacpp.sampler import fold_seed
 
 DEMO = Path(__file__).parents[3] / "engines/store/demo/demo.gguf"
 
@@ -33,8 +34,8 @@ def test_long_texts_are_tokenized_like_short_ones(model: Model, text: str, add_s
     """Cutting a text at markers, as is done with long ones, does not change its tokens."""
     whole = model.tokenize(text, add_special=add_special, parse_special=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bindings, "_LONG_TEXT", 0)
-        patch.setattr(bindings, "_MARKERS_AT_ONCE", 2)
+        patch.setattr(model_module, "_LONG_TEXT", 0)
+        patch.setattr(model_module, "_MARKERS_AT_ONCE", 2)
         assert model.tokenize(text, add_special=add_special, parse_special=True) == whole
 
 
