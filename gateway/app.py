@@ -34,6 +34,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from compat.browser import BrowserGuard
+from compat.model_runner.library import ModelRunnerLibraryRoutes
 from compat.model_runner.prefix import StripPrefix
 from compat.model_runner.routes import ModelRunnerRoutes
 from compat.model_runner.routes import surfaces as model_runner_surfaces
@@ -269,6 +270,7 @@ def make_app(house: House) -> Starlette:
         *TransferRoutes(house.library, body_limit_bytes=settings.body_limit_bytes).routes(),
         *openai.routes(),
         *model_runner.routes(),
+        *ModelRunnerLibraryRoutes(dispatch, house.library, body_limit_bytes=settings.body_limit_bytes).routes(),
     ]
     middleware = [
         Middleware(StripPrefix),

@@ -87,6 +87,11 @@ TABLE = [
         ("msgspec", "starlette"),
     ),
     Row(("compat.vectors",), VOCABULARY, ("msgspec", "numpy")),
+    Row(
+        ("compat.model_runner.pull",),
+        ("compat.*", "engines.store.docker", "engines.store.names", *VOCABULARY),
+        ("msgspec",),
+    ),
     Row(("compat.ollama.names",), ("compat.*", "engines.store.names", *VOCABULARY)),
     Row(
         ("compat.ollama.show",),
@@ -111,7 +116,14 @@ TABLE = [
 
 DIALECT_WORK = (
     *("compat.*.parse", "compat.*.render", "compat.*.schema", "compat.*.decode", "compat.*.errors"),
-    *("compat.*.embeddings", "compat.*.rerank", "compat.*.tokens", "compat.relevance", "compat.vectors"),
+    *(
+        "compat.*.embeddings",
+        "compat.*.rerank",
+        "compat.*.tokens",
+        "compat.*.pull",
+        "compat.relevance",
+        "compat.vectors",
+    ),
 )
 OUTSIDE_WORLD = {"asyncio", "os", "pathlib", "socket", "subprocess", "threading"}
 CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "datetime.now", "datetime.utcnow", "date.today"}

@@ -18,6 +18,7 @@ from engines.errors import HeadwaterError, ModelNotFound
 from engines.model import ModelCard, ModelDescription
 from engines.store.blobs import blob_path
 from engines.store.cards import InstalledModel
+from engines.store.docker import parse_reference
 from engines.store.gguf import merge_parts, read_header
 from engines.store.providers import OllamaStore, Provider
 
@@ -85,13 +86,14 @@ class Catalog:
         return None
 
     def _found(self, name: str) -> Iterator[tuple[_Place, ModelCard]]:
-        for place in self._places:
-            key = place.locate(name)
-            try:
-                if key is not None:
-                    yield place, self._card(place, key)
-            except FileNotFoundError:
-                continue
+        for written in _spellings(name):
+            for place in self._places:
+                key = place.locate(written)
+                try:
+                    if key is not None:
+                        yield place, self._card(place, key)
+                except FileNotFoundError:
+                    continue
 
     def _card(self, place: _Place, key: Hashable) -> ModelCard:
         # Without a lock: to set one key is atomic, and two threads that both build a card only lose some time.
@@ -99,3 +101,8 @@ class Catalog:
         if remembered is None or not remembered.is_current:
             remembered = self._remembered[place, key] = place.read(key)
         return remembered.card
+
+
+def _spellings(name: str) -> list[str]:
+    """The name, and what Docker's users mean by it: models of `ai/` are called so without saying whose registry's."""
+    return [name, parse_reference(name)] if name.count("/") <= 1 else [name]

@@ -174,3 +174,28 @@ def test_stopping_the_server_ends_a_pull(here: Server, tmp_path: Path) -> None:
         assert stopped.stop() == 0
         assert time.monotonic() - began < 10
         asking.join(10)
+
+
+def test_dockers_form_of_a_pull(here: Server, there: Server, registry: str) -> None:
+    """With lines as Docker's command line reads them; the second time there is nothing to fetch."""
+    name = f"{registry}/team/docker:1"
+    with closing(ollama.Client(here.url)) as source:
+        source.copy("demo", name)
+        source.push(name, insecure=True)
+    said = [_create(there, name) for _ in range(2)]
+    assert [lines[-1]["message"] for lines in said] == [
+        "Model pulled successfully",
+        f"Using cached model: {said[1][-1]['total'] / 1e6:.2f}MB",
+    ]
+    assert {line["type"] for line in said[0][:-1]} <= {"progress"}
+    assert len(said[1]) == 1
+    with closing(ollama.Client(there.url)) as target:
+        assert "Paris" in str(target.chat(name, FRANCE, think=False).message.content)
+    missing = httpx.post(f"{there.url}/models/create", json={"from": f"{registry}/team/nothing"}, timeout=60)
+    assert (missing.status_code, missing.text) == (404, "Model not found\n")
+
+
+def _create(server: Server, name: str) -> list[Any]:
+    headers = {"Accept": "application/json"}
+    answer = httpx.post(f"{server.url}/models/create", json={"from": name}, headers=headers, timeout=60)
+    return [json.loads(line) for line in answer.raise_for_status().text.splitlines()]

@@ -222,3 +222,14 @@ def test_what_is_no_name_is_none_anywhere(catalog: Catalog) -> None:
             catalog.find(name)
     with pytest.raises(ModelNotFound):
         catalog.find("0123456789ab")
+
+
+@pytest.mark.parametrize("name", ["ai/smollm2", "smollm2", "AI/smollm2:latest", "docker.io/ai/smollm2"])
+def test_docker_hubs_models_in_ollamas_directory_have_dockers_short_names(tmp_path: Path, name: str) -> None:
+    """Unless a model of Ollama's is called so, which goes first."""
+    directory = OllamaDirectory(tmp_path)
+    directory.model("docker.io/ai/smollm2/latest", [directory.layer("model", small_llama())])
+    catalog = Catalog(tmp_path)
+    assert catalog.find(name).full_name == "docker.io/ai/smollm2:latest"
+    directory.model("registry.ollama.ai/library/smollm2/latest", [directory.layer("model", small_llama())])
+    assert (catalog.find(name).full_name == "docker.io/ai/smollm2:latest") is (name != "smollm2")
