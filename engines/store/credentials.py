@@ -1,7 +1,8 @@
 """What `docker login` left behind: names and passwords by registry, in `~/.docker/config.json`.
 
-Read afresh whenever a registry asks, so that a login counts at once. Credential helpers (`credsStore`) are programs
-that would have to be run, and identity tokens are another protocol; both are left to Docker.
+Read afresh whenever a registry asks, so that a login counts at once. Where the file names a program that keeps them
+(`credHelpers` for one registry, `credsStore` for all) it is asked. Identity tokens are another protocol and left to
+Docker.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from engines.store.blobs import StoreUnreadable, read_bounded
+from engines.store.credential_helpers import ask_helper
 
 _MAX_BYTES = 1 << 20
 _DOCKER_HUB = "https://index.docker.io/v1/"
@@ -39,8 +41,19 @@ class _Login(msgspec.Struct):
     password: str = ""
 
 
-class _DockerConfig(msgspec.Struct):
+class _DockerConfig(msgspec.Struct, rename="camel"):
     auths: dict[str, _Login] = {}
+    creds_store: str = ""
+    cred_helpers: dict[str, str] = {}
+
+    def helper(self, host: str) -> str:
+        """The program that keeps a registry's password; empty when none does."""
+        return next((self.cred_helpers[key] for key in _keys(host) if key in self.cred_helpers), self.creds_store)
+
+    def server(self, host: str) -> str:
+        """The spelling under which `docker login` filed a registry; its first one where it has not."""
+        keys = [*_keys(host)]
+        return next((key for key in keys if key in self.auths), keys[0])
 
 
 def docker_config_path(env: Mapping[str, str] = os.environ) -> Path:
@@ -52,13 +65,13 @@ def docker_config_path(env: Mapping[str, str] = os.environ) -> Path:
 def find_credentials(config: Path, host: str) -> Credentials | None:
     """The credentials for a registry, `host` or `host:port`; None without any, and when the file makes no sense."""
     try:
-        logins = msgspec.json.decode(read_bounded(config, _MAX_BYTES), type=_DockerConfig).auths
+        said = msgspec.json.decode(read_bounded(config, _MAX_BYTES), type=_DockerConfig)
     except (FileNotFoundError, StoreUnreadable, msgspec.MsgspecError):
         return None
-    for key in _keys(host):
-        if key in logins and (found := _read_login(logins[key])):
-            return found
-    return None
+    if (helper := said.helper(host)) and (kept := ask_helper(helper, said.server(host))):
+        return Credentials(kept.username, kept.secret)
+    logins = (said.auths[key] for key in _keys(host) if key in said.auths)
+    return next((found for login in logins if (found := _read_login(login))), None)
 
 
 def _keys(host: str) -> Iterator[str]:
