@@ -100,11 +100,8 @@ class Backend(ABC):
         """Bytes that the installation takes; 0 when nothing was downloaded."""
         return 0
 
-    async def windows(self, model: str, config: BackendConfiguration | None = None) -> int:
-        """How many windows a model's cache is to hold where nobody says so and memory allows it.
-
-        Raises GGUFParseError when the model's file cannot be read.
-        """
+    def windows(self, config: BackendConfiguration | None = None) -> int:
+        """How many windows a model's cache is to hold where nobody says so and memory allows it."""
         return 1
 
     async def required_memory(self, model: str, config: BackendConfiguration | None = None) -> RequiredMemory:

@@ -154,9 +154,9 @@ class House:
         """The memory that a runner would take, by the number of its windows; empty when that cannot be told."""
         known = self._measured.get(key)
         if known is None:
+            most = self._most_windows(key, card)
+            choices = (most,) if self.settings.num_parallel else range(1, most + 1)
             try:
-                most = await self._most_windows(key, card)
-                choices = (most,) if self.settings.num_parallel else range(1, most + 1)
                 needs = {
                     n: await self.backend.required_memory(card.weights_digest, self._configure(key, card, n))
                     for n in choices
@@ -169,13 +169,11 @@ class House:
             self._measured[key] = known
         return known
 
-    async def _most_windows(self, key: RunnerKey, card: ModelCard) -> int:
+    def _most_windows(self, key: RunnerKey, card: ModelCard) -> int:
         """Windows that a runner holds when there is room; one that only reads needs a single one."""
         if key.mode is not Mode.COMPLETION:
             return 1
-        return self.settings.num_parallel or await self.backend.windows(
-            card.weights_digest, self._configure(key, card, 1)
-        )
+        return self.settings.num_parallel or self.backend.windows(self._configure(key, card, 1))
 
     def _configure(self, key: RunnerKey, card: ModelCard, num_windows: int) -> BackendConfiguration:
         settings = self.settings
@@ -209,7 +207,7 @@ class House:
             model=card.weights_digest,
             model_ref=card.name,
             mode=key.mode,
-            config=self._configure(key, card, num_windows or self.settings.num_parallel or 1),
+            config=self._configure(key, card, num_windows or self._most_windows(key, card)),
             on_exit=on_exit,
         )
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from engines.chat.gotemplate.template import GoTemplate
 from engines.chat.meter import MAX_OUTPUT_CHARS
 from engines.chat.parser import ReplyFormat
 from engines.chat.template import Template
@@ -55,7 +54,7 @@ class PromptBuilder:
         self._tokenize = tokenize
         self._bos = bos
         self._infill = infill
-        self._parse = lru_cache(_MAX_TEMPLATES)(GoTemplate)  # of those that come with requests
+        self._parse = lru_cache(_MAX_TEMPLATES)(_parse)  # of those that come with requests
 
     def reply_format(self, request: GenerateRequest) -> ReplyFormat:
         """How the reply to a request is to be read. Raises TemplateError."""
@@ -163,3 +162,9 @@ def _limit_chars(num_chars: int, num_ctx: int) -> None:
 def _without_oldest(messages: Sequence[Message], count: int) -> list[Message]:
     """System messages among the first `count`, and everything after them."""
     return [*(message for message in messages[:count] if message.role == "system"), *messages[count:]]
+
+
+def _parse(text: str) -> Template:
+    from engines.chat.gotemplate.template import GoTemplate  # noqa: PLC0415  # most models never need it
+
+    return GoTemplate(text)

@@ -271,10 +271,10 @@ def test_processors_attend_in_streams_and_without_flash_attention(
     assert (attention.unified_cache, attention.flash_attention) == chosen
 
 
-async def test_a_model_gets_windows_that_weigh_as_much_as_it_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least four and at most sixteen; four are enough where they are shared."""
+def test_streams_are_a_window_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are shared, four do."""
     backend = LlamaCppBackend(lambda model: DEMO)
-    assert await backend.windows("demo", BackendConfiguration(context_size=256)) == 16
-    assert await backend.windows("demo", BackendConfiguration(context_size=2048)) in range(4, 17)
+    assert backend.windows() == 8
+    assert backend.windows(BackendConfiguration(flash_attention=True)) == 8
     monkeypatch.setattr(backend_module, "_has_library", lambda name: True)
-    assert await backend.windows("demo", BackendConfiguration(context_size=256)) == 4
+    assert backend.windows() == 4
