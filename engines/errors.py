@@ -11,6 +11,7 @@
     ├── BodyTooLarge                   413 body_too_large
     ├── ModelNotFound                  404 model_not_found
     ├── AccessDenied                   403 access_denied
+    │   └── RemoteModel                403 remote_model
     ├── WrongModel                     421 wrong_model
     ├── ServerBusy                     503 server_busy
     ├── GGUFParseError                 500 gguf_parse_error
@@ -136,6 +137,15 @@ class AccessDenied(HeadwaterError):
 
     status = 403
     code = "access_denied"
+
+
+class RemoteModel(AccessDenied):
+    """The model runs on another server, of which we know no more than its name; clients know the text."""
+
+    code = "remote_model"
+
+    def __init__(self, refused: str = "remote model is unavailable") -> None:
+        super().__init__(f"ollama cloud is disabled: {refused}")
 
 
 class WrongModel(HeadwaterError):

@@ -29,6 +29,8 @@ class ModelCard:
         capabilities: a subset of completion, tools, insert, vision, embedding, rerank and thinking (`spec/ollama.md`
             section 9).
         namespace: the registry namespace, `library` for official models.
+        remote_host, remote_model: where a model runs that is only a name here, and what it is called there; it has no
+            weights. base_name: what its author calls the model that it is, where its config says so.
         renderer, parser: what Ollama has built in for the model's prompts and replies, where its config names it.
     """
 
@@ -62,6 +64,14 @@ class ModelCard:
     requires: str = ""
     renderer: str = ""
     parser: str = ""
+    remote_host: str = ""
+    remote_model: str = ""
+    base_name: str = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it runs somewhere else."""
+        return bool(self.remote_host and self.remote_model)
 
     @property
     def residency(self) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from engines.errors import Cancelled, HeadwaterError, UnsupportedCapability
+from engines.errors import Cancelled, HeadwaterError, RemoteModel, UnsupportedCapability
 from engines.events import (
     ChoiceFinished,
     Embeddings,
@@ -214,6 +214,8 @@ class Dispatch:
     async def _identify(self, account: Account, request: AnyRequest) -> ModelCard:
         card = await self.find(request.model)
         account.model, account.model_digest, account.backend = card.name, card.digest, self._backend
+        if card.is_remote:
+            raise RemoteModel
         return card
 
     async def _acquire(self, account: Account, request: AnyRequest, card: ModelCard) -> Lease[Runner]:

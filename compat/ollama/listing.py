@@ -46,6 +46,8 @@ def _tags_model(card: ModelCard) -> TagsModel:
     return TagsModel(
         name=card.name,
         model=card.name,
+        remote_model=card.remote_model or UNSET,
+        remote_host=card.remote_host or UNSET,
         modified_at=render_local_time(card.modified_at),
         size=card.size_bytes,
         digest=card.digest,

@@ -10,7 +10,7 @@ from compat.ollama.gojson import encode, quote
 from compat.ollama.names import refuse_cloud
 from compat.ollama.parse import parse_message
 from compat.ollama.schema import MessageBody
-from engines.errors import AccessDenied, BadRequest, ModelNotFound
+from engines.errors import BadRequest, ModelNotFound, RemoteModel
 from engines.library import CreateRequest, Progress
 
 
@@ -83,11 +83,11 @@ def parse_create(body: CreateBody) -> CreateRequest:
     """The request for a model.
 
     Raises:
-        BadRequest, AccessDenied: it asks for what is not offered here.
+        BadRequest, RemoteModel: it asks for what is not offered here.
     """
     refuse_cloud(body.base)
     if body.remote_host:
-        raise AccessDenied("ollama cloud is disabled: remote model is unavailable")
+        raise RemoteModel
     return CreateRequest(
         name=body.model or body.name,
         base=body.base,

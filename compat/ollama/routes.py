@@ -39,7 +39,7 @@ from compat.ollama.embeddings import (
 from compat.ollama.errors import ModelNotPulled
 from compat.ollama.gojson import encode
 from compat.ollama.listing import render_processes, render_tags
-from compat.ollama.names import refuse_cloud, short_name
+from compat.ollama.names import insist_on_local, refuse_cloud, refuse_remote, short_name
 from compat.ollama.parse import parse_chat, parse_generate, parse_unload
 from compat.ollama.render import ChatObjects, GenerateObjects, Reply
 from compat.ollama.schema import GenerationBody, VersionReply
@@ -138,6 +138,7 @@ class OllamaRoutes:
         refuse_cloud(name, "remote model details are unavailable")
         try:
             description = await self._services.describe(name)
+            insist_on_local(name, description.card)
         except ModelNotFound:
             raise ModelNotFound(short_name(name)) from None
         basename = name if http.headers.get("user-agent", "").startswith(_COPILOT) else ""
@@ -228,7 +229,9 @@ class OllamaRoutes:
 
     async def _find(self, name: str) -> ModelCard:
         refuse_cloud(name)
-        return await self._services.find(name)
+        card = await self._services.find(name)
+        refuse_remote(name, card)
+        return card
 
     async def _unload(self, http: Request, body: GenerationBody, reply: Reply) -> Response:
         request = parse_unload(body, request_id=http.state.request_id, origin=http.state.origin)

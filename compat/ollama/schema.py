@@ -274,6 +274,8 @@ class TagsModel(Struct):
 
     name: str
     model: str
+    remote_model: str | UnsetType
+    remote_host: str | UnsetType
     modified_at: str
     size: int
     digest: str
@@ -332,6 +334,8 @@ class ShowReply(Struct):
     system: str | UnsetType
     details: Details
     messages: list[StoredMessage] | UnsetType
+    remote_model: str | UnsetType
+    remote_host: str | UnsetType
     model_info: msgspec.Raw
     projector_info: msgspec.Raw | UnsetType
     tensors: list[TensorBody] | UnsetType

@@ -30,7 +30,9 @@ def render_show(description: ModelDescription, body: ShowBody, *, basename: str 
     """The reply; a `basename` replaces the one in the model's header."""
     card = description.card
     system = body.system or card.system
-    facts = {**description.metadata, "general.parameter_count": description.num_parameters}
+    facts = dict(description.metadata)
+    if not card.is_remote:
+        facts["general.parameter_count"] = description.num_parameters
     if basename:
         facts["general.basename"] = basename
     projector = description.projector_metadata
@@ -42,6 +44,8 @@ def render_show(description: ModelDescription, body: ShowBody, *, basename: str 
         system=system or UNSET,
         details=render_details(card),
         messages=[StoredMessage(message.role, message.content) for message in card.messages] or UNSET,
+        remote_model=card.remote_model or UNSET,
+        remote_host=card.remote_host or UNSET,
         model_info=_render_facts(facts, verbose=body.verbose),
         projector_info=UNSET if projector is None else _render_facts(projector, verbose=body.verbose),
         tensors=[TensorBody(tensor.name, tensor.type, tensor.shape) for tensor in description.tensors] or UNSET,
@@ -61,7 +65,7 @@ def render_modelfile(card: ModelCard, system: str, options: Mapping[str, JSON]) 
     """The Modelfile that would build this model again, one instruction a line."""
     texts = {"template": card.template, "system": system, "renderer": card.renderer, "parser": card.parser}
     instructions = [
-        Instruction("from", str(card.weights)),
+        Instruction("from", card.name if card.is_remote else str(card.weights)),
         *(Instruction("adapter", str(path)) for path in card.adapters),
         *(Instruction("from", str(path)) for path in card.projectors),
         *(Instruction(command, text) for command, text in texts.items() if text),

@@ -74,15 +74,17 @@ def read_model(models: Path, name: ModelName, *, go_templates: bool | None = Non
     manifest, digest = read_manifest(models, name)
     config = read_config(models, manifest)
     weights_layers = manifest.of_kind("model")
-    if not weights_layers:
+    is_remote = bool(config.remote_host and config.remote_model)
+    if not weights_layers and not is_remote:
         raise FileNotFoundError(f"{name.display} has no weights of its own")
     adapters, projectors = (
         tuple(FileState.of(blob_path(models, layer.digest)) for layer in manifest.of_kind(kind))
         for kind in ("adapter", "projector")
     )
-    weights = _weights(models, weights_layers)
+    weights = _weights(models, weights_layers) if weights_layers else ()
     weights_layer = next(
-        layer for layer in reversed(weights_layers) if blob_path(models, layer.digest) == weights[0].path
+        (layer for layer in reversed(weights_layers) if weights and blob_path(models, layer.digest) == weights[0].path),
+        None,
     )
     texts = _read_texts(models, manifest.layers)
     card = ModelCard(
@@ -90,12 +92,12 @@ def read_model(models: Path, name: ModelName, *, go_templates: bool | None = Non
         full_name=name.full,
         namespace=name.namespace,
         digest=digest,
-        weights=weights[0].path,
-        weights_digest=weights_layer.digest,
+        weights=weights[0].path if weights else Path(),
+        weights_digest=weights_layer.digest if weights_layer else "",
         size_bytes=manifest.size_bytes,
         modified_at=manifest_file.mtime_ns / 1e9,
         format=config.model_format or "gguf",
-        parent=weights_layer.source,
+        parent=weights_layer.source if weights_layer else "",
         template=_last(texts["template"]),
         system=_last(texts["system"]),
         parameters=_parse_parameters(_last(texts["params"])),
@@ -107,7 +109,13 @@ def read_model(models: Path, name: ModelName, *, go_templates: bool | None = Non
         requires=config.requires,
         renderer=config.renderer,
         parser=config.parser,
+        remote_host=config.remote_host if is_remote else "",
+        remote_model=config.remote_model if is_remote else "",
+        base_name=config.base_name,
     )
+    if is_remote:  # all that is known of it is in its config
+        card = dataclasses.replace(with_facts(card, config, None), capabilities=config.capabilities)
+        return InstalledModel(card, (manifest_file,))
     headers = [header for file in weights if (header := header_of(file)) is not None]
     header = merge_parts(headers) if len(headers) == len(weights) else None
     return InstalledModel(

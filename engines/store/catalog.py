@@ -3,7 +3,8 @@
 Places are asked in order: Ollama's directory first, then what is only read; a name that is in several means the first.
 Every place is looked at on every call, so what `ollama pull` or `rm` does beside us shows at once; only what files say
 is remembered, for as long as they are the same files. A model counts as installed when every file that it needs is
-there; others are left out of the list, and so are models without a GGUF of their own (cloud stubs, safetensors).
+there; others are left out of the list, and so are models without a GGUF of their own (safetensors). Models that run on
+another server have no files at all and are listed, since their names are taken; nothing here can run them.
 Weights that are damaged stay listed, so that loading them can say what is wrong.
 All methods block on the disk and may be called from any thread.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 from engines.errors import HeadwaterError, ModelNotFound
 from engines.model import ModelCard, ModelDescription
+from engines.request import JSON
 from engines.store.blobs import blob_path
 from engines.store.cards import InstalledModel
 from engines.store.docker import parse_reference
@@ -70,6 +72,8 @@ class Catalog:
     def describe(self, name: str) -> ModelDescription:
         """The model with its whole GGUF header, read afresh. Raises as `find` does, and GGUFParseError."""
         card = self.find(name)
+        if card.is_remote:
+            return ModelDescription(card, _remote_metadata(card), (), 0)
         header = merge_parts([read_header(path) for path in card.weight_parts or (card.weights,)])
         projector = read_header(card.projectors[0]).metadata if card.projectors else None
         return ModelDescription(card, header.metadata, header.tensors, header.num_parameters, projector)
@@ -106,3 +110,16 @@ class Catalog:
 def _spellings(name: str) -> list[str]:
     """The name, and what Docker's users mean by it: models of `ai/` are called so without saying whose registry's."""
     return [name, parse_reference(name)] if name.count("/") <= 1 else [name]
+
+
+def _remote_metadata(card: ModelCard) -> dict[str, JSON]:
+    """What Ollama says in place of a header (server/routes.go, GetModelInfo)."""
+    if not card.family:
+        return {}
+    facts: dict[str, JSON] = {
+        "general.architecture": card.family,
+        "general.basename": card.base_name,
+        f"{card.family}.context_length": card.context_length,
+        f"{card.family}.embedding_length": card.embedding_length,
+    }
+    return {key: value for key, value in facts.items() if value}

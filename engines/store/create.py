@@ -138,7 +138,7 @@ class Creator:
             raise ModelNotFound(base) from None
         pieces = [bench.open(piece) if piece.layer.kind in _GGUF_KINDS else piece for piece in pieces]
         return pieces, msgspec.structs.replace(
-            config,
+            inherited if inherited.remote_host else config,  # of what runs elsewhere nothing else is known
             model_format=inherited.model_format,
             renderer=config.renderer or inherited.renderer,
             parser=config.parser or inherited.parser,

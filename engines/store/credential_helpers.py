@@ -1,8 +1,8 @@
 """Programs that keep passwords for Docker: `docker-credential-NAME get`, asked on standard input.
 
 The protocol is that of docker-credential-helpers: the registry's address goes in, `{"Username", "Secret"}` comes out,
-and any other end means that there is no password. A helper is somebody else's program that may wait for a person to unlock
-something, so it has a time limit, and nothing that goes wrong with it keeps a public model from being pulled.
+and any other end means that there is no password. A helper is somebody else's program and may wait for a person to
+unlock something, so it has a time limit, and nothing that goes wrong with it keeps a public model from being pulled.
 """
 
 from __future__ import annotations

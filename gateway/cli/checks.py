@@ -114,7 +114,7 @@ def check_models(models: Path) -> Finding:
         return Finding("models", Level.WARNING, f"{models} does not exist yet", _GET_MODEL)
     if not os.access(models, os.R_OK | os.X_OK):
         return Finding("models", Level.PROBLEM, f"{models} cannot be read", f"give this user read access to {models}")
-    num_models = len(Catalog(models).list())
+    num_models = sum(not card.is_remote for card in Catalog(models).list())
     num_useless = sum(1 for _ in walk(models)) - num_models
     detail = f"{num_models} {'model' if num_models == 1 else 'models'} in {models}"
     if not os.access(models, os.W_OK):

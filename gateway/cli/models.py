@@ -28,6 +28,7 @@ class _Installed(msgspec.Struct):
     modified_at: _Time
     size: int = 0
     digest: str = ""
+    remote_model: str = ""
 
 
 class _Tags(msgspec.Struct):
@@ -77,8 +78,13 @@ def list_models(as_json: AsJSON = False) -> None:
             return
         models = client.get("/api/tags", _Tags).models
     now = datetime.now(UTC)
-    rows = [(m.name, m.digest[:12], human.size(m.size), human.relative_time(m.modified_at, now)) for m in models]
+    rows = [(m.name, m.digest[:12], _size(m), human.relative_time(m.modified_at, now)) for m in models]
     print_table(("NAME", "ID", "SIZE", "MODIFIED"), rows)
+
+
+def _size(model: _Installed) -> str:
+    """As Ollama's command line: what runs somewhere else takes nothing here."""
+    return "-" if model.remote_model else human.size(model.size)
 
 
 def list_loaded(as_json: AsJSON = False) -> None:

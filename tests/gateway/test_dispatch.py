@@ -1,6 +1,8 @@
 """One request's way through a whole house, with each end that it can come to."""
 
 import asyncio
+import hashlib
+import json
 import os
 import random
 import signal
@@ -13,8 +15,17 @@ import pytest
 from fake_house import FakeHouse, ask, demo_card, demo_digest, describe_model, fake_house, texts, until, worker_pids
 
 from compat.streams import aclose
-from engines.errors import HeadwaterError, ModelLoadFailed, ModelNotFound, PromptTooLong, ServerBusy, WorkerCrashed
+from engines.errors import (
+    HeadwaterError,
+    ModelLoadFailed,
+    ModelNotFound,
+    PromptTooLong,
+    RemoteModel,
+    ServerBusy,
+    WorkerCrashed,
+)
 from engines.events import ChoiceFinished, Finished, FinishReason, TextDelta
+from engines.library import CreateRequest
 from engines.model import ModelCard
 from engines.options import OptionTypeError
 from engines.request import FOREVER, LoadOptions, Message, Mode, Sampling
@@ -392,3 +403,22 @@ async def test_gaps_are_filled_by_the_model_and_then_by_the_dialect(house: FakeH
     assert _complete(own, card).messages == own.messages
     raw = replace(request, messages=None, prompt="hi")
     assert _complete(raw, card).messages is None
+
+
+async def test_a_model_that_runs_elsewhere_is_refused_for_every_dialect(house: FakeHouse) -> None:
+    """Before anything is loaded, and on record."""
+    config = json.dumps({"remote_host": "https://ollama.com", "remote_model": "big"}).encode()
+    digest = hashlib.sha256(config).hexdigest()
+    (house.root / f"models/blobs/sha256-{digest}").write_bytes(config)
+    layer = {"mediaType": "application/json", "digest": f"sha256:{digest}", "size": len(config)}
+    manifest = house.root / "models/manifests/registry.ollama.ai/library/far/latest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"schemaVersion": 2, "config": layer, "layers": []}))
+    with pytest.raises(RemoteModel):
+        await house.dispatch.generate(ask(model="far"))
+    assert house.pool.residents == []
+    assert (house.row()["status"], house.row()["error_code"]) == (403, "remote_model")
+    assert (await house.dispatch.find("far")).is_remote
+    async for _ in await house.library.create(CreateRequest(name="mine", base="far", system="Be brief.")):
+        pass
+    assert (await house.dispatch.find("mine")).remote_model == "big"

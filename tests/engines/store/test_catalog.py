@@ -195,13 +195,50 @@ def test_weights_that_vanish_take_the_model_with_them(directory: OllamaDirectory
 
 
 def test_models_without_weights_are_not_listed(directory: OllamaDirectory, catalog: Catalog) -> None:
-    """Stubs of cloud models and safetensors models are nothing that we could run."""
-    directory.model(f"{LIBRARY}/stub/cloud", [], {"remote_host": "https://ollama.com", "remote_model": "big"})
+    """Safetensors models are nothing that we could run, and neither is half a stub."""
+    directory.model(f"{LIBRARY}/half/latest", [], {"remote_host": "https://ollama.com"})
     directory.model(f"{LIBRARY}/tensors/latest", [directory.layer("tensor", b"x", name="t")])
     assert catalog.list() == []
-    for name in ("stub:cloud", "tensors"):
+    for name in ("half", "tensors"):
         with pytest.raises(ModelNotFound):
             catalog.find(name)
+
+
+def test_models_that_run_elsewhere_are_listed_by_what_their_config_says(
+    directory: OllamaDirectory, catalog: Catalog
+) -> None:
+    """They have no weights, and their description no header."""
+    said = {
+        "model_format": "gguf",
+        "model_family": "gptoss",
+        "model_type": "116.8B",
+        "file_type": "MXFP4",
+        "remote_host": "https://ollama.com",
+        "remote_model": "gpt-oss:120b",
+        "capabilities": ["completion", "tools"],
+        "context_length": 131072,
+        "embedding_length": 2880,
+        "base_name": "gpt-oss",
+    }
+    directory.model(f"{LIBRARY}/gpt-oss/120b-cloud", [directory.layer("system", b"Be brief.")], said)
+    (card,) = catalog.list()
+    assert (card.name, card.is_remote, card.remote_model) == ("gpt-oss:120b-cloud", True, "gpt-oss:120b")
+    assert (card.family, card.parameter_size, card.quantization) == ("gptoss", "116.8B", "MXFP4")
+    assert (card.context_length, card.capabilities, card.system) == (131072, ("completion", "tools"), "Be brief.")
+    description = catalog.describe("gpt-oss:120b-cloud")
+    assert description.metadata == {
+        "general.architecture": "gptoss",
+        "general.basename": "gpt-oss",
+        "gptoss.context_length": 131072,
+        "gptoss.embedding_length": 2880,
+    }
+    assert (description.tensors, description.num_parameters) == ((), 0)
+
+
+def test_a_stub_that_says_nothing_has_nothing_to_show(directory: OllamaDirectory, catalog: Catalog) -> None:
+    """Not even an architecture."""
+    directory.model(f"{LIBRARY}/stub/latest", [], {"remote_host": "https://ollama.com", "remote_model": "big"})
+    assert catalog.describe("stub").metadata == {}
 
 
 @pytest.mark.parametrize("weights", [b"", b"not a GGUF", small_llama()[:-1], small_llama()[:40]])
