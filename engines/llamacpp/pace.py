@@ -17,7 +17,7 @@ MIN_CHUNK = 16
 MAX_STALL_S = 0.5
 """What a step may add from savings: a reader takes it for a hiccup."""
 
-MAX_SAVED_S = 3.0
+MAX_SAVED_S = 4.0
 """Savings beyond which there is no more; a few hundred tokens where it takes this long to read them."""
 
 _WEIGHT = 0.2  # of the newest observation in the running means
