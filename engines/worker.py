@@ -289,14 +289,13 @@ def make_engine(name: str, mode: Mode) -> InferenceBackend:
         from engines.fake import FakeEngine  # noqa: PLC0415  # no other engine's libraries
 
         return FakeEngine()
-    from engines.llamacpp.tokenizing import (  # noqa: PLC0415  # the fake must not load llama.cpp
-        TokenizingCompletionEngine,
-        TokenizingEmbeddingEngine,
-    )
-
     if mode is not Mode.COMPLETION:
-        return TokenizingEmbeddingEngine(mode, on_failure=lambda error: os._exit(1))
-    return TokenizingCompletionEngine(on_failure=lambda error: os._exit(1))
+        from engines.llamacpp.embedding import EmbeddingEngine  # noqa: PLC0415  # the fake must not load llama.cpp
+
+        return EmbeddingEngine(mode, on_failure=lambda error: os._exit(1))
+    from engines.llamacpp.engine import LlamaCppEngine  # noqa: PLC0415  # as above
+
+    return LlamaCppEngine(on_failure=lambda error: os._exit(1))
 
 
 def _watch(engine: InferenceBackend, config: LoadConfig) -> None:

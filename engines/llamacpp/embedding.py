@@ -37,7 +37,7 @@ from engines.errors import (
     UnsupportedCapability,
     WorkerCrashed,
 )
-from engines.events import Timings, Usage, Vector
+from engines.events import Timings, Tokenization, Usage, Vector
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
 from engines.llamacpp.embedding_context import EmbeddingContext, Vectors
 from engines.llamacpp.embedding_loop import EmbeddingLoop, Job
@@ -45,7 +45,8 @@ from engines.llamacpp.hparams import read_hyperparameters
 from engines.llamacpp.model import Model, rerank_joints
 from engines.llamacpp.pairs import Pair, PairBuilder
 from engines.llamacpp.threads import Threads
-from engines.request import EmbedRequest, GenerateRequest, Mode, Priority, RerankRequest
+from engines.llamacpp.tokenization import tokenization
+from engines.request import EmbedRequest, GenerateRequest, Mode, Priority, RerankRequest, TokenizeRequest
 from engines.store.gguf import GGUFHeader, Pooling, read_header
 
 T = TypeVar("T")
@@ -200,6 +201,12 @@ class EmbeddingEngine(InferenceBackend):
         finish = partial(_vectors, dimensions=request.dimensions, normalize=normalize)
         num_characters = sum(map(len, request.inputs))
         return await self._submit(tokenize, num_characters, request.priority, finish)
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """In the thread of prompts, whose turn it may not be at once."""
+        if self._model is None:
+            raise ModelNotLoaded
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, tokenization, self._model, request)
 
     async def rerank(self, request: RerankRequest) -> JobComputation[Sequence[float]]:
         """Tokenize and submit; raises what makes the request impossible."""

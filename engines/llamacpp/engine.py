@@ -31,6 +31,7 @@ from engines.errors import (
     UnsupportedFeature,
     WorkerCrashed,
 )
+from engines.events import Tokenization
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
 from engines.llamacpp.constraints import ConstrainedChooser, Grammars
 from engines.llamacpp.context import Context
@@ -46,7 +47,8 @@ from engines.llamacpp.scheduler import Scheduler
 from engines.llamacpp.sequence import Sequence, TokenChooser
 from engines.llamacpp.shelf import Disk, Shelf, fingerprint
 from engines.llamacpp.threads import Threads
-from engines.request import GenerateRequest, Sampling
+from engines.llamacpp.tokenization import tokenization
+from engines.request import GenerateRequest, Sampling, TokenizeRequest
 from engines.store.gguf import read_header
 
 log = logging.getLogger(__name__)
@@ -234,6 +236,12 @@ class LlamaCppEngine(InferenceBackend):
         self._require_loaded()
         events = asyncio.get_running_loop()
         return await events.run_in_executor(self._prompts, self._render, request)
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenization:
+        """In the thread of prompts, whose turn it may not be at once."""
+        if self._model is None:
+            raise ModelNotLoaded
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, tokenization, self._model, request)
 
     def _render(self, request: GenerateRequest) -> str:
         prompt = self._build(request, min(request.load.num_ctx or self._num_ctx, self._num_ctx))
