@@ -28,7 +28,7 @@ from benchmarks.restart import RESTART
 from benchmarks.scenario import NUMBERS, Bench, Sample, Scenario
 from benchmarks.server import DEMO, run_server
 from benchmarks.short import SHORT
-from benchmarks.soak import CHAT, EMBED, soak
+from benchmarks.soak import CHAT, EMBED, SETTINGS, soak
 from benchmarks.targets import Headwater, LlamaServer, Ollama, PythonServer, Target
 
 SCENARIOS = (DECODE, CLIENTS, PREFIX, ARRIVAL, FLOOD, SHORT, EMBEDDINGS, LOADING, GROWTH, RESTART, HOP)
@@ -133,7 +133,7 @@ def run_soak(
     """Mixed load on small models: exits with 1 when a request, a token or a KV cell is unaccounted for."""
     console = Console()
     models = {CHAT: DEMO, EMBED: ensure_model(SHAPES["nomic-137m"].miniature, out)}
-    with run_server(models) as server, Progress(console=console) as progress:
+    with run_server(models, settings=SETTINGS) as server, Progress(console=console) as progress:
         task = progress.add_task("soak", total=requests)
         result = asyncio.run(
             soak(

@@ -59,13 +59,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(models: Mapping[str, Path], *, window: int = 0, data: Path | None = None) -> Iterator[Server]:
+def run_server(
+    models: Mapping[str, Path], *, window: int = 0, data: Path | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Start a server that has these models, by name, and stop it in the end.
 
     Args:
         models: their GGUF files.
         window: tokens of context of one request; 0 leaves it to the server.
         data: where it keeps what outlives it; None throws that away.
+        settings: further variables.
 
     Raises:
         ServerFailed: it did not come up.
@@ -81,6 +84,7 @@ def run_server(models: Mapping[str, Path], *, window: int = 0, data: Path | None
             "OLLAMA_KEEP_ALIVE": "-1",
             "OLLAMA_CONTEXT_LENGTH": str(window),
             "HEADWATER_DATA": str(data or root / "data"),
+            **(settings or {}),
         }
         with run_process([sys.executable, "-m", "gateway", "serve"], f"{base_url}/health", environment) as pid:
             yield Server(base_url, pid)

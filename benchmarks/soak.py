@@ -38,6 +38,8 @@ QUESTIONS = (
 NUM_SAMPLES = 40  # of memory, in equal steps
 MAX_GROWTH = 1.05  # of memory from the second quarter's mean to the last one's
 SETTLED_S = 30.0
+SETTINGS = {"HEADWATER_PREFIX_MEMORY": "16MiB"}
+"""Of the server: what it keeps by intent is small, so that what it should not keep shows."""
 
 Request = tuple[str, dict[str, JSON]]
 """Path and body."""
@@ -130,9 +132,14 @@ async def _settled_books(http: httpx.AsyncClient, num_sent: int) -> tuple[dict[s
 async def _ask(http: httpx.AsyncClient, result: Soak, chance: random.Random, leaving: float) -> None:
     path, body = make_request(chance)
     patience_s = chance.uniform(0, 0.3) if chance.random() < leaving else None
-    result.num_sent += 1
+
+    async def on_trace(event: str, _info: object) -> None:
+        if event == "http11.send_request_body.complete":  # who leaves before has asked for nothing
+            result.num_sent += 1
+
     try:
-        async with asyncio.timeout(patience_s), http.stream("POST", path, json=body) as response:
+        sending = http.stream("POST", path, json=body, extensions={"trace": on_trace})
+        async with asyncio.timeout(patience_s), sending as response:
             answer = b"".join([piece async for piece in response.aiter_raw()])
         if response.status_code != 200 or b'"error"' in answer:
             result.failures[f"{path} {response.status_code} {answer[-300:].decode(errors='replace')}"] += 1

@@ -24,7 +24,8 @@ class BackendConfiguration:
         flash_attention: None leaves it to the engine. cache_type: of K and V, `f16`, `q8_0` or `q4_0`.
         parts: the files of a split model in order, empty for a single one. adapters: LoRA files to apply.
         prefill_slowdown: how many times longer a step may take for those who decode when a prompt is read beside them.
-        shelf: the folder where prefixes of prompts may be kept, all models' together within `shelf_bytes`.
+        shelf_memory_bytes: for prefixes of prompts outside the KV cache. shelf: the folder where others may be kept,
+            all models' together within `shelf_bytes`.
         runtime_flags: further flags in the engine's own words, where it takes any.
         draft_model: a smaller model that proposes tokens.
     """
@@ -44,6 +45,7 @@ class BackendConfiguration:
     parts: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
     prefill_slowdown: float = 2.5
+    shelf_memory_bytes: int = 512 << 20
     shelf: Path | None = None
     shelf_bytes: int = 0
     draft_model: str = ""

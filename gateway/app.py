@@ -194,6 +194,7 @@ class House:
             adapters=card.adapters,
             prefill_slowdown=settings.prefill_slowdown,
             shelf=settings.data / "prefixes",
+            shelf_memory_bytes=settings.prefix_memory_bytes,
             shelf_bytes=settings.prefix_disk_bytes,
         )
 

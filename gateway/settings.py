@@ -69,7 +69,8 @@ class Settings:
             from being swapped out. tensor_split: shares of each GPU. memory_limit_bytes: of all models together, 0 lets
             the machine decide.
         prefill_slowdown: how many times longer a step may take for those who are being answered when a prompt is read
-            beside them. prefix_disk_bytes: what prefixes of prompts may take on the disk, 0 for nothing.
+            beside them. prefix_memory_bytes, prefix_disk_bytes: what prefixes of prompts may take
+            outside the KV cache, of each worker in memory and of all on the disk, 0 for nothing.
         registry_mirrors: registries to ask first, by the host that they stand in for.
         origins: further browser origins. trusted_proxies: peers whose word on where a request came from is believed.
         body_limit_bytes: largest request body. shutdown_grace_s: how long running requests may go on after SIGTERM.
@@ -100,6 +101,7 @@ class Settings:
     tensor_split: tuple[float, ...]
     memory_limit_bytes: int
     prefill_slowdown: float
+    prefix_memory_bytes: int
     prefix_disk_bytes: int
     registry_mirrors: Mapping[str, str]
     origins: tuple[str, ...]
@@ -160,6 +162,7 @@ class Settings:
                 "HEADWATER_MEMORY_LIMIT", "0", _size, "a number of bytes such as 12GiB, 0 to choose"
             ),
             prefill_slowdown=read("HEADWATER_PREFILL_SLOWDOWN", "2.5", _slowdown, "a factor from 1.1 to 100"),
+            prefix_memory_bytes=read("HEADWATER_PREFIX_MEMORY", "512MiB", _size, "a number of bytes, such as 512MiB"),
             prefix_disk_bytes=read("HEADWATER_PREFIX_DISK", "4GiB", _size, "a number of bytes, such as 4GiB"),
             registry_mirrors=read(
                 "HEADWATER_REGISTRY_MIRROR",

@@ -154,6 +154,7 @@ def _load_config(config: BackendConfiguration) -> LoadConfig:
         parts=tuple(map(str, config.parts)),
         adapters=tuple(map(str, config.adapters)),
         prefill_slowdown=config.prefill_slowdown,
+        shelf_memory_bytes=config.shelf_memory_bytes,
         shelf=str(config.shelf) if config.shelf is not None else "",
         shelf_bytes=config.shelf_bytes,
     )
