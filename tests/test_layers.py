@@ -82,7 +82,7 @@ TABLE = [
     Row(("compat.body", "compat.streams", "compat.*.prefix"), ("compat.*", *VOCABULARY), ("starlette",)),
     Row(("compat.browser",), VOCABULARY, ("psutil", "starlette")),
     Row(
-        ("compat.*.routes", "compat.*.library", "compat.*.transfers", "compat.*.transport"),
+        ("compat.*.routes", "compat.*.account", "compat.*.library", "compat.*.transfers", "compat.*.transport"),
         ("compat.*", *VOCABULARY),
         ("msgspec", "starlette"),
     ),

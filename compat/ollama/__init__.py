@@ -44,5 +44,6 @@ Deliberate divergences from Ollama, each with its reason:
 - A push of an invalid name is a 400 and no line of a stream; one of a missing model, asked for in one piece, is a 404.
 - Without a cloud, names that ask for it are refused as by an Ollama whose cloud is disabled, and so is every model that
   runs on another server (`remote_host` in its config), which is listed and shown all the same. None is made.
+- `/api/me` tells that nobody is signed in without an address to do so at.
 - Times of models and expiry have microseconds, not nanoseconds.
 """

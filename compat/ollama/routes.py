@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from compat.body import decode_body
+from compat.ollama.account import account_routes
 from compat.ollama.decode import (
     decode_chat,
     decode_detokenize,
@@ -113,6 +114,7 @@ class OllamaRoutes:
             *with_redirect("/api/rerank", self.rerank, "POST"),
             *with_redirect("/api/tokenize", self.tokenize, "POST"),
             *with_redirect("/api/detokenize", self.detokenize, "POST"),
+            *account_routes(),
         ]
 
     async def root(self, http: Request) -> Response:
