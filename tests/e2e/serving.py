@@ -55,12 +55,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(root: Path, **env: str) -> Server:
+def start(root: Path, *, host: str = "127.0.0.1", **env: str) -> Server:
     """Start a server on `root`, which may hold the state of an earlier one, and wait until it answers."""
     port = free_port()
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("OLLAMA_", "HEADWATER_"))},
-        "OLLAMA_HOST": f"127.0.0.1:{port}",
+        "OLLAMA_HOST": f"{host}:{port}",
         "OLLAMA_MODELS": str(root / "models"),
         "HEADWATER_DATA": str(root / "data"),
         **env,
@@ -81,9 +81,9 @@ def start(root: Path, **env: str) -> Server:
 
 
 @contextmanager
-def serving(root: Path, **env: str) -> Iterator[Server]:
+def serving(root: Path, *, host: str = "127.0.0.1", **env: str) -> Iterator[Server]:
     """A server for the length of a test."""
-    server = start(root, **env)
+    server = start(root, host=host, **env)
     try:
         yield server
     finally:
