@@ -69,9 +69,18 @@ ELSEWHERE = {
     28: ["tests/e2e/test_server.py::test_a_worker_that_is_killed_mid_stream_is_an_error_on_record_and_is_replaced"],
     29: ["tests/e2e/test_server.py::test_a_client_that_leaves_is_recorded_with_what_it_cost"],
     36: ["tests/e2e/test_server.py::test_an_over_long_prompt_is_refused_in_each_dialects_words_or_cut"],
-    40: ["tests/e2e/test_registry_server.py::test_ollamas_client_pushes_and_pulls_a_model_that_then_answers"],
+    37: [
+        "tests/compat/ollama/test_ollama_parse.py::test_old_reasoning_inside_answers_is_taken_out_for_models_that_put_it_there"
+    ],
+    40: [
+        "tests/engines/store/test_transfer.py::test_a_later_pull_goes_on_where_one_was_left",
+        "tests/engines/store/test_transfer.py::test_two_callers_share_one_download",
+        "tests/engines/store/test_download.py::test_other_bytes_than_promised_never_become_a_blob",
+    ],
     42: [
         "tests/e2e/test_registry_server.py::test_ollamas_client_pushes_and_pulls_a_model_that_then_answers",
+        "tests/engines/store/test_transfer.py::test_a_layer_is_mounted_from_the_model_it_came_from",
+        "tests/engines/store/test_registry_auth.py::test_ollamas_registry_gets_a_signed_request",
         "tests/engines/store/test_upload.py::test_chunks_go_where_the_registry_redirects_them",
     ],
     47: ["tests/engines/store/test_create.py::test_a_split_model_becomes_one_file"],
@@ -102,6 +111,7 @@ PARTS_EXCLUDED: dict[tuple[int, str], str] = {
     (13, "projector_info"): "needs a model with a projector",
     (9, "size_vram above 0"): "needs a GPU",
     (41, "hf.co names"): "needs Hugging Face",
+    (49, "detected templates"): "the weights' own template is used, a divergence that the dialect lists",
     (48, "a missing `from` is pulled with success"): "needs a public registry; that the pull is tried is run",
     (51, "Ollama reads our directory"): "needs Ollama's own binary",
     (58, "ollama-js, Open WebUI, LangChain"): "need Node and programs that are no dependency of the tests",

@@ -85,6 +85,20 @@ def test_row_16_load_and_unload(client: httpx.Client, keep_alive: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keep_alive", "text"),
+    [
+        ("300", 'time: missing unit in duration "300"'),
+        ("-1", 'time: missing unit in duration "-1"'),
+        ("abc", 'time: invalid duration "abc"'),
+        (True, "Unsupported type: 'bool'"),
+    ],
+)
+def test_row_16_keep_alive_that_means_nothing(client: httpx.Client, keep_alive: Any, text: str) -> None:
+    """In the words of Go's own parser."""
+    assert refused(post(client, "generate", prompt="x", keep_alive=keep_alive)) == (400, text)
+
+
+@pytest.mark.parametrize(
     ("name", "status", "text"),
     [
         ("", 404, "model '' not found"),
@@ -343,6 +357,10 @@ def test_row_36_truncation(client: httpx.Client) -> None:
     assert "word word" not in prompt
     assert whole(client, "chat", messages=talk, options=options)["prompt_eval_count"] < 256
     assert refused(post(client, "chat", messages=talk, options=options, truncate=False))[0] == 400
+    for path, body in (("chat", {"messages": old[:1]}), ("generate", {"prompt": "word " * 300})):
+        status, text = refused(post(client, path, **body, options=options, shift=False))
+        assert status == 400
+        assert text.startswith("the prompt is longer than the context length currently available to the model; ")
     full = {"temperature": 1, "num_ctx": 64, "num_predict": 200}
     unshifted = whole(client, "generate", prompt="Once upon", raw=True, options=full, shift=False)
     assert unshifted["done_reason"] in {"length", "stop"}
@@ -390,6 +408,8 @@ def test_row_39_embeddings(client: httpx.Client) -> None:
     """The old form: one vector."""
     assert len(post(client, "embeddings", prompt="a").json()["embedding"]) == 192
     assert post(client, "embeddings", prompt="").json() == {"embedding": []}
+    long = {"prompt": "word " * 600, "options": {"num_ctx": 256}}
+    assert refused(post(client, "embeddings", **long)) == (500, "the input length exceeds the context length")
     assert refused(post(client, "embeddings", model="", prompt="a")) == (400, "model is required")
     assert refused(post(client, "embeddings", model="no", prompt="a")) == (
         404,

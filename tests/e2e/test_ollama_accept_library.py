@@ -332,6 +332,21 @@ def test_row_52_template_language(client: httpx.Client, template: str, prompt: s
     assert rendered(client, "generate", **body) == prompt
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ .Nope.X.Y }}", "nil pointer evaluating interface {}.X"),
+        ("{{ range .Messages }}{{ .Zip }}{{ end }}", "can't evaluate field Zip in type"),
+        ("{{ if eq .Prompt 1 }}x{{ end }}", "incompatible types for comparison"),
+    ],
+)
+def test_row_52_template_errors(client: httpx.Client, template: str, text: str) -> None:
+    """Go's own words, with a status that says whose fault a model's template is."""
+    status, said = refused(post(client, "generate", prompt="p", template=template, stream=False))
+    assert status == 500
+    assert text in said
+
+
 def test_row_53_template_modes(client: httpx.Client) -> None:
     """Turn by turn up to the answer, whose beginning can be given; equal roles in a row are one message."""
     template = "[INST] {{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}[/INST] {{ .Response }}</s>"

@@ -61,6 +61,11 @@ def test_row_04_bodies(client: httpx.Client, path: str) -> None:
     assert client.post(f"/api/{path}", content=b"{").status_code == 400
 
 
+def test_row_04_delete(client: httpx.Client) -> None:
+    """DELETE has a body too."""
+    assert refused(client.delete("/api/delete")) == (400, "missing request body")
+
+
 def test_row_04_fields(client: httpx.Client) -> None:
     """A form's content type, unknown, null and differently spelled fields are all taken."""
     body = b'{"MODEL":"demo","options":null,"nonsense":[1],"Verbose":null} trailing'
@@ -151,6 +156,7 @@ def test_row_08_details(client: httpx.Client) -> None:
 
 def test_row_09_ps(client: httpx.Client) -> None:
     """What is loaded, with its window, and until when."""
+    assert client.get("/api/ps").text == '{"models":[]}'
     post(client, "generate", options={"num_ctx": 1024}, keep_alive=60)
     first = client.get("/api/ps").json()["models"][0]
     assert (first["context_length"], first["size_vram"]) == (1024, 0)
@@ -161,6 +167,10 @@ def test_row_09_ps(client: httpx.Client) -> None:
     forever = client.get("/api/ps").json()["models"][0]
     assert datetime.fromisoformat(forever["expires_at"]).year > 2100
     assert forever["expires_at"] > first["expires_at"]
+    post(client, "embed", input="text", keep_alive=60)  # loads it for vectors, beside the one that writes
+    times = [model["expires_at"] for model in client.get("/api/ps").json()["models"]]
+    assert len(times) == 2
+    assert times == sorted(times, reverse=True)
 
 
 def test_row_10_show_names(client: httpx.Client) -> None:
