@@ -100,6 +100,13 @@ class Batch:
     num_preempted: int = 0
 
     @property
+    def parts(self) -> list[list[Slice]]:
+        """Decodes and prefill apart, where there are both."""
+        decodes = [piece for piece in self.slices if piece.count == 1]
+        prefill = [piece for piece in self.slices if piece.count > 1]
+        return [part for part in (decodes, prefill) if part]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in all slices."""
         return sum(piece.count for piece in self.slices)

@@ -167,7 +167,11 @@ class EngineLoop:
             self._publish([self._finish(sequence, FinishReason.CANCEL)])
 
     def step(self) -> bool:
-        """One turn: schedule, decode, choose, publish. False when all who are here wait for the shelf."""
+        """One turn: schedule, decode, choose, publish. False when all who are here wait for the shelf.
+
+        In streams, decodes and prefill are computed one after the other: llama.cpp would read the weights for each
+        anyway, and in one pass everybody looks at as many cells as the longest has.
+        """
         started = time.monotonic()
         for restore in self._scheduler.wanted(started):
             self._bring_back(restore)
@@ -178,19 +182,25 @@ class EngineLoop:
         if not batch.slices:
             assert self._scheduler.is_restoring, f"nothing to compute in {self._scheduler!r}"
             return False
-        last_indexes = self._fill(batch, started)
-        before = time.monotonic()
-        try:
-            self._context.decode()
-        except OutOfCells:
-            self._retreat()
-            return True
-        after = time.monotonic()
-        self._count(batch, after - before, after)
-        outputs = self._choose(batch, last_indexes, after)
-        if outputs:
-            self._publish(outputs)
-        self.totals.overhead_s += time.monotonic() - after + before - started
+        decode_s = 0.0
+        self.totals.steps += 1
+        for part in [batch.slices] if self._scheduler.cache.is_unified else batch.parts:
+            last_indexes = self._fill(part, started)
+            before = time.monotonic()
+            try:
+                self._context.decode()
+            except OutOfCells:
+                self._retreat()
+                return True
+            after = time.monotonic()
+            decode_s += after - before
+            self._count(part, after - before)
+            outputs = self._choose(part, last_indexes, after)
+            if outputs:
+                self._publish(outputs)
+        ended = time.monotonic()
+        self._learn(batch, decode_s, ended)
+        self.totals.overhead_s += ended - started - decode_s
         return True
 
     def _close_ranks(self) -> None:
@@ -267,11 +277,11 @@ class EngineLoop:
         self._scheduler.cache.keep(slot, tokens[: restore.count], restore.sequence.priority.rank)
         self.totals.restored_tokens += restore.count
 
-    def _fill(self, batch: Batch, now: float) -> list[int]:
-        """Put the slices into llama.cpp's batch; returns the batch index of each one's last token."""
+    def _fill(self, slices: list[Slice], now: float) -> list[int]:
+        """Put slices into llama.cpp's batch; returns the batch index of each one's last token."""
         self._context.clear_batch()
         indexes = []
-        for piece in batch.slices:
+        for piece in slices:
             sequence = piece.sequence
             assert sequence.slot is not None
             sequence.scheduled = sequence.scheduled or now
@@ -283,14 +293,14 @@ class EngineLoop:
             )
         return indexes
 
-    def _choose(self, batch: Batch, last_indexes: list[int], now: float) -> list[Output]:
+    def _choose(self, slices: list[Slice], last_indexes: list[int], now: float) -> list[Output]:
         """Sample a token for every sequence whose tokens are all computed."""
-        pieces = list(zip(batch.slices, last_indexes, strict=True))
+        pieces = list(zip(slices, last_indexes, strict=True))
         ready = [(piece.sequence, index) for piece, index in pieces if piece.is_last]
         for piece, index in pieces:
             if piece.sequence.echoes:
                 self._measure(piece, index)
-        self._scheduler.advance(batch)
+        self._scheduler.advance(slices)
         self._peak_cells = max(self._peak_cells, self._scheduler.cache.num_cells - self._scheduler.cache.num_free_cells)
         return [self._sample(sequence, index, now) for sequence, index in ready]
 
@@ -356,14 +366,16 @@ class EngineLoop:
         self._apply(change)
         self.totals.preemptions += num_running - len(self._scheduler.running)
 
-    def _count(self, batch: Batch, decode_s: float, now: float) -> None:
-        num_decodes = sum(1 for piece in batch.slices if piece.count == 1)
-        num_prefill = batch.num_tokens - num_decodes
-        self.totals.steps += 1
+    def _count(self, slices: list[Slice], seconds: float) -> None:
+        num_decodes = sum(1 for piece in slices if piece.count == 1)
         self.totals.decode_tokens += num_decodes
-        self.totals.prefill_tokens += num_prefill
-        self.totals.decode_s += decode_s
-        self._pace.observe(num_decodes=num_decodes, num_prefill=num_prefill, seconds=decode_s)
+        self.totals.prefill_tokens += sum(piece.count for piece in slices) - num_decodes
+        self.totals.decode_s += seconds
+
+    def _learn(self, batch: Batch, decode_s: float, now: float) -> None:
+        """What the step took decides how much the next one may take on, and how many threads compute it."""
+        num_decodes = sum(1 for piece in batch.slices if piece.count == 1)
+        self._pace.observe(num_decodes=num_decodes, num_prefill=batch.num_tokens - num_decodes, seconds=decode_s)
         self._scheduler.busy_prefill = self._pace.chunk
         self._scheduler.steady_prefill = self._pace.steady_chunk
         if self._threads.observe(decode_s, now):

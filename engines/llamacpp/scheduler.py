@@ -281,9 +281,9 @@ class Scheduler:
         )
         return [sequence for sequence in decoding if sequence not in resting]
 
-    def advance(self, batch: Batch) -> None:
-        """Note that a batch was computed."""
-        for piece in batch.slices:
+    def advance(self, slices: list[Slice]) -> None:
+        """Note that some slices were computed."""
+        for piece in slices:
             assert piece.sequence.slot is not None
             piece.sequence.num_cached += piece.count
             self.cache.extend(piece.sequence.slot, piece.count)
@@ -439,9 +439,10 @@ class Scheduler:
         return best_seat(taken, [slot for slot in seats if slot not in promised] or seats)
 
     def _close_gaps(self, batch: Batch) -> None:
-        """Let those who compute in this step sit in a row, where moving them is less work than the gap."""
+        """Let those who decode in this step, or else all, sit in a row, where moving them is less work than the gap."""
         sitting = {each.slot: each for each in self.running if each.slot is not None}
-        for slot, other in moves([slot for piece in batch.slices if (slot := piece.sequence.slot) is not None]):
+        together = batch.parts[0] if batch.slices else []
+        for slot, other in moves([slot for piece in together if (slot := piece.sequence.slot) is not None]):
             movers = [each for each in (sitting.get(slot), sitting.get(other)) if each is not None]
             if any(each.is_moved for each in movers) or self.cache.num_held(slot, other) > MAX_MOVED:
                 continue

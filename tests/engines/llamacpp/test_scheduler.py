@@ -51,7 +51,7 @@ def step(machine: Scheduler) -> Batch:
     """One whole step: every sequence whose tokens are all computed gets one more, as the engine loop does it."""
     batch = machine.next_batch()
     ready = [piece.sequence for piece in batch.slices if piece.is_last]
-    machine.advance(batch)
+    machine.advance(batch.slices)
     for each in ready:
         each.tokens.append(0)
     return batch
@@ -77,7 +77,7 @@ def test_a_prompt_is_prefilled_in_chunks_of_the_batch_size() -> None:
     for _ in range(3):
         batch = machine.next_batch()
         batches.append([(piece.count, piece.is_last) for piece in batch.slices])
-        machine.advance(batch)
+        machine.advance(batch.slices)
     assert batches == [[(100, False)], [(100, False)], [(50, True)]]
 
 
@@ -441,7 +441,7 @@ def test_a_prefix_on_the_shelf_is_waited_for_once() -> None:
     assert machine.wanted() == [Restore(waits, "key", 200)]
     batch = machine.next_batch()
     assert shape(batch) == [(passes, 5)]
-    machine.advance(batch)
+    machine.advance(batch.slices)
     assert machine.wanted() == []
     place = machine.make_place(sequence(5), 200)
     assert place is not None
@@ -713,7 +713,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.cells.of(each.slot) == each.tokens[: each.num_cached]
             self.cells.tokens[each.slot] = each.tokens[: each.num_cached + piece.count]
         ready = [piece.sequence for piece in batch.slices if piece.is_last]
-        self.scheduler.advance(batch)
+        self.scheduler.advance(batch.slices)
         for each in ready:
             if each.num_generated < each.max_tokens:
                 each.tokens.append(0)
