@@ -11,7 +11,7 @@ step affords. Pure: it is told what happened and asked for a number.
 
 from __future__ import annotations
 
-MIN_CHUNK = 8
+MIN_CHUNK = 6
 """Prompt tokens that always ride along, so that a first token comes however slow the machine is."""
 
 MAX_STALL_S = 0.5
@@ -55,7 +55,7 @@ class Pace:
 
     def _tokens_in(self, seconds: float) -> int:
         if not self._decode_s or not self._token_s:
-            return min(8 * MIN_CHUNK, self.max_chunk)
+            return min(10 * MIN_CHUNK, self.max_chunk)
         return max(MIN_CHUNK, min(int(seconds / self._token_s), self.max_chunk))
 
     def observe(self, *, num_decodes: int, num_prefill: int, seconds: float) -> None:

@@ -160,7 +160,7 @@ def test_tools_are_called_in_both_dialects(client: Any, sdk: Any) -> None:
 
 def test_sixteen_clients_share_steps_and_every_count_agrees(tmp_path: Path) -> None:
     """What the clients saw, the ledger and the metrics are the same numbers, and decoding was shared."""
-    with serving(tmp_path) as server:
+    with serving(tmp_path, OLLAMA_NUM_PARALLEL="16") as server:
         seen = asyncio.run(_sixteen_chats(server))
         ledger = usage_by_surface(server)
         for surface, (prompt, completion) in seen.items():
