@@ -182,7 +182,7 @@ class EngineLoop:
         if not batch.slices:
             assert self._scheduler.is_restoring, f"nothing to compute in {self._scheduler!r}"
             return False
-        decode_s = 0.0
+        seconds: list[float] = []
         self.totals.steps += 1
         for part in [batch.slices] if self._scheduler.cache.is_unified else batch.parts:
             last_indexes = self._fill(part, started)
@@ -193,14 +193,14 @@ class EngineLoop:
                 self._retreat()
                 return True
             after = time.monotonic()
-            decode_s += after - before
+            seconds.append(after - before)
             self._count(part, after - before)
             outputs = self._choose(part, last_indexes, after)
             if outputs:
                 self._publish(outputs)
         ended = time.monotonic()
-        self._learn(batch, decode_s, ended)
-        self.totals.overhead_s += ended - started - decode_s
+        self._learn(batch, seconds, ended)
+        self.totals.overhead_s += ended - started - sum(seconds)
         return True
 
     def _close_ranks(self) -> None:
@@ -372,11 +372,16 @@ class EngineLoop:
         self.totals.prefill_tokens += sum(piece.count for piece in slices) - num_decodes
         self.totals.decode_s += seconds
 
-    def _learn(self, batch: Batch, decode_s: float, now: float) -> None:
-        """What the step took decides how much the next one may take on, and how many threads compute it."""
+    def _learn(self, batch: Batch, seconds: list[float], now: float) -> None:
+        """What the step's parts took decides how much the next one may take on, and how many threads compute it."""
         num_decodes = sum(1 for piece in batch.slices if piece.count == 1)
-        self._pace.observe(num_decodes=num_decodes, num_prefill=batch.num_tokens - num_decodes, seconds=decode_s)
+        self._pace.observe(
+            num_decodes=num_decodes,
+            num_prefill=batch.num_tokens - num_decodes,
+            seconds=sum(seconds),
+            prefill_s=seconds[1] if len(seconds) > 1 else None,
+        )
         self._scheduler.busy_prefill = self._pace.chunk
         self._scheduler.steady_prefill = self._pace.steady_chunk
-        if self._threads.observe(decode_s, now):
+        if self._threads.observe(sum(seconds), now):
             self._context.set_threads(self._threads.count)

@@ -58,16 +58,21 @@ class Pace:
             return min(10 * MIN_CHUNK, self.max_chunk)
         return max(MIN_CHUNK, min(int(seconds / self._token_s), self.max_chunk))
 
-    def observe(self, *, num_decodes: int, num_prefill: int, seconds: float) -> None:
-        """Learn from a step that decoded for so many sequences and prefilled so many tokens."""
+    def observe(self, *, num_decodes: int, num_prefill: int, seconds: float, prefill_s: float | None = None) -> None:
+        """Learn from a step that decoded for so many sequences and prefilled so many tokens.
+
+        `prefill_s` is what the prefill took of its time, where that is known; else what decodes do not explain.
+        """
         if num_decodes == 0:
             self._token_s = _mean(self._token_s, seconds / num_prefill)
             return
-        if num_prefill == 0:
-            self._decode_s = _mean(self._decode_s, seconds)
-        elif seconds > self._decode_s > 0:
-            self._token_s = _mean(self._token_s, (seconds - self._decode_s) / num_prefill)
-        spent_s = max(seconds - self._decode_s, 0.0) if num_prefill else 0.0
+        if num_prefill == 0 or prefill_s is not None:
+            self._decode_s = _mean(self._decode_s, seconds - (prefill_s or 0.0))
+        spent_s = 0.0
+        if num_prefill and self._decode_s:
+            spent_s = max(seconds - self._decode_s, 0.0) if prefill_s is None else prefill_s
+        if spent_s:
+            self._token_s = _mean(self._token_s, spent_s / num_prefill)
         self._saved_s = max(min(self._saved_s + self._earned_s - spent_s, MAX_SAVED_S), 0.0)
 
 

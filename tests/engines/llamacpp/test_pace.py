@@ -28,6 +28,14 @@ def test_prompt_tokens_cost_what_they_add_to_a_decoding_step() -> None:
     assert pace.steady_chunk == 25
 
 
+def test_where_both_parts_are_timed_decodes_are_learned_beside_prefill() -> None:
+    """No step without prefill is needed for that."""
+    pace = Pace(slowdown=2.0, max_chunk=512)
+    for _ in range(100):
+        pace.observe(num_decodes=4, num_prefill=25, seconds=0.150, prefill_s=0.050)
+    assert pace.steady_chunk in (49, 50)
+
+
 def test_a_prompt_after_a_calm_takes_large_portions() -> None:
     """Half a second of them, until what was saved is spent; then it keeps to the pace."""
     pace = costs(Pace(slowdown=2.5, max_chunk=512))
