@@ -135,6 +135,12 @@ class Accounts:
             record.route, record.model[:80] or "-", record.status, record.finish_reason,
             record.usage.prompt_tokens, record.usage.completion_tokens, record.timings.total_s,
         )  # fmt: skip
+        if cut := record.usage.truncated_tokens:
+            # An answer to half a prompt looks like a bad model's, and what filled it, often tools, the user never saw.
+            log.warning(
+                "%s had no room for %d of %d prompt tokens in its context",
+                record.model[:80], cut, cut + record.usage.prompt_tokens,
+            )  # fmt: skip
 
     async def close(self) -> None:
         """Return when everything that was settled is committed."""

@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -155,6 +156,18 @@ async def test_an_answer_is_one_row_with_everything_that_is_known(desk: Desk) ->
     assert row["id"] == desk.headers()["x-request-id"]
     assert row["total_s"] > 0
     assert desk.metric("headwater_requests_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("truncated", "said"), [(2981, ["m:latest had no room for 2981 of 5031 prompt tokens in its context"]), (0, [])]
+)
+async def test_the_log_says_that_a_prompt_was_cut(
+    truncated: int, said: list[str], desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning beside the request's line, and none where the prompt fitted."""
+    with caplog.at_level(logging.WARNING):
+        await desk.call(settling(desk, usage=Usage(prompt_tokens=2050, truncated_tokens=truncated)))
+    assert caplog.messages == said
 
 
 async def test_the_row_is_committed_before_the_last_byte_leaves(desk: Desk) -> None:
