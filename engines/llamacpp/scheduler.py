@@ -121,6 +121,7 @@ class Scheduler:
         self._restoring: set[Sequence] = set()
         self._reserved: dict[Sequence, int] = {}  # where the prefix is that was brought back for it
         self._restored: set[Sequence] = set()  # they have had their prefix from the shelf, or never will
+        self._has_gaps = False
         self._looked: dict[Sequence, int] = {}  # at which version of the shelf
 
     def __repr__(self) -> str:
@@ -439,10 +440,15 @@ class Scheduler:
         return best_seat(taken, [slot for slot in seats if slot not in promised] or seats)
 
     def _close_gaps(self, batch: Batch) -> None:
-        """Let those who decode in this step, or else all, sit in a row, where moving them is less work than the gap."""
+        """Let those who decode in this step, or else all, sit in a row, where moving them is less work than the gap.
+
+        A gap is left for one step: often the client whose answer has ended asks again at once, and fills it.
+        """
         sitting = {each.slot: each for each in self.running if each.slot is not None}
         together = batch.parts[0] if batch.slices else []
-        for slot, other in moves([slot for piece in together if (slot := piece.sequence.slot) is not None]):
+        needed = moves([slot for piece in together if (slot := piece.sequence.slot) is not None])
+        had_gaps, self._has_gaps = self._has_gaps, bool(needed)
+        for slot, other in needed if had_gaps else ():
             movers = [each for each in (sitting.get(slot), sitting.get(other)) if each is not None]
             if any(each.is_moved for each in movers) or self.cache.num_held(slot, other) > MAX_MOVED:
                 continue

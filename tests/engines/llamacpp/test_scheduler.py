@@ -568,13 +568,14 @@ def test_a_prefix_is_copied_to_a_stream_beside_its_owner() -> None:
 
 
 def test_a_gap_between_streams_is_closed() -> None:
-    """The last one changes places with what the one that finished has left behind."""
+    """After a step, the last one changes places with what the one that finished has left behind."""
     machine = streams()
     three = [asking([number] * 20) for number in range(3)]
     for each in three:
         machine.add(each)
     step(machine)
     machine.remove(three[1])
+    assert step(machine).changes == []
     batch = step(machine)
     assert batch.changes == [Swap(2, 1)]
     assert [each.slot for each in (three[0], three[2])] == [0, 1]
