@@ -1,7 +1,7 @@
 """The OpenAI dialect: chat completions, completions, embeddings, reranking and models (`spec/openai.md`).
 
-Understood but not offered yet, and refused with a 400 that names the field: audio, remote images, a forced
-`tool_choice`, custom tools, and the legacy `functions` and `function_call`.
+Understood but not offered yet, and refused with a 400 that names the field: audio, remote images, custom tools, and the
+legacy `functions` and `function_call`.
 
 Deliberate divergences from OpenAI, each with its reason:
 
@@ -14,6 +14,8 @@ Deliberate divergences from OpenAI, each with its reason:
 - A completion model makes embeddings, the mean of its hidden states, where OpenAI has no such model and llama-server
   refuses. Embeddings of one text go before those of a list.
 - `best_of` is at most what `n` may be, and kept choices come best first.
+- An answer that `tool_choice` makes a call is one call, and comes whole when it is streamed; `response_format` says
+  nothing of it.
 - A token without text of its own, half a character or an end, is shown with the next text of its choice, or with the
   chunk that ends it. A log-probability that JSON cannot hold is -9999.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from compat.keep_alive import parse_keep_alive
+from compat.openai.forced import one_call
 from compat.openai.formats import parse_format
 from compat.openai.messages import parse_messages
 from compat.openai.options import parse_options, parse_priority
 from compat.openai.refusals import invalid, invalid_type, unsupported_parameter, unsupported_value
 from compat.openai.schema import MAX_PROMPTS, ChatBody, CompletionBody, GenerateBody
-from compat.openai.tools import parse_tools
+from compat.openai.tools import must_call, parse_tools
 from engines.errors import UnsupportedCapability
 from engines.model import ModelCard
 from engines.options import parse_num_keep
@@ -43,13 +44,14 @@ def parse_chat(body: ChatBody, card: ModelCard, *, request_id: str, origin: Orig
     _refuse_unsupported_chat(body)
     sampling, load = parse_options(body)
     tools = parse_tools(body)
+    stated = parse_format(body, tools)  # of the content, which an answer that must be a call has none of
     return GenerateRequest(
         id=request_id,
         model=body.model,
         origin=origin,
         messages=card.introduce(parse_messages(body.messages, card)),
         tools=tools,
-        format=parse_format(body, tools),
+        format=one_call(tools) if must_call(body) else stated,
         sampling=sampling,
         defaults=DEFAULTS,
         load=load,

@@ -30,6 +30,7 @@ from compat.openai.decode import (
 )
 from compat.openai.embeddings import explain_tokens, parse_embeddings, render_embeddings
 from compat.openai.errors import ErrorReply, render_error, render_unknown_url, render_wrong_method
+from compat.openai.forced import read_calls
 from compat.openai.parse import completion_logprobs_of, parse_chat, parse_completion
 from compat.openai.render import (
     ChatChunks,
@@ -44,6 +45,7 @@ from compat.openai.render import (
 )
 from compat.openai.rerank import only_reranker, parse_rerank, parse_score, render_rerank, render_score
 from compat.openai.schema import GenerateBody, ModelList
+from compat.openai.tools import must_call
 from compat.services import Answer, Refusal, Services, collect
 from compat.streams import SSEResponse, aclose, sse_frame, while_connected
 from compat.vectors import FEW
@@ -55,6 +57,8 @@ from engines.request import GenerateRequest
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+Reading = Callable[[AsyncIterator[Event]], AsyncIterator[Event]]
+"""What is made of an answer's events before they are shown."""
 
 _SURFACES = {
     "/chat/completions": "openai/chat",
@@ -137,9 +141,10 @@ class OpenAIRoutes:
             parallel_tool_calls=body.parallel_tool_calls is not False,
             logprobs=request.logprobs,
         )
+        reading = read_calls if must_call(body) else aiter
         if request.stream:
-            return await self._stream(http, [request], ChatChunks(reply))
-        return json_response(render_chat(reply, await self._answer(http, [request])))
+            return await self._stream(http, [request], ChatChunks(reply), reading=reading)
+        return json_response(render_chat(reply, await self._answer(http, [request], reading)))
 
     async def completion(self, http: Request) -> Response:
         """`POST /v1/completions`."""
@@ -213,18 +218,23 @@ class OpenAIRoutes:
         )
 
     async def _stream(
-        self, http: Request, requests: list[GenerateRequest], chunks: Chunks, prompt_param: str = "messages"
+        self,
+        http: Request,
+        requests: list[GenerateRequest],
+        chunks: Chunks,
+        prompt_param: str = "messages",
+        reading: Reading = aiter,
     ) -> Response:
         events = await while_connected(http.receive, generate_all(self._services, requests))
-        return SSEResponse(frames(chunks, events, prompt_param), source=events)
+        return SSEResponse(frames(chunks, reading(events), prompt_param), source=events)
 
-    async def _answer(self, http: Request, requests: list[GenerateRequest]) -> Answer:
-        return await while_connected(http.receive, self._collect(requests))
+    async def _answer(self, http: Request, requests: list[GenerateRequest], reading: Reading = aiter) -> Answer:
+        return await while_connected(http.receive, self._collect(requests, reading))
 
-    async def _collect(self, requests: list[GenerateRequest]) -> Answer:
+    async def _collect(self, requests: list[GenerateRequest], reading: Reading) -> Answer:
         events = await generate_all(self._services, requests)
         try:
-            return await collect(events, sum(request.num_choices for request in requests))
+            return await collect(reading(events), sum(request.num_choices for request in requests))
         finally:
             await aclose(events)
 

@@ -1,4 +1,4 @@
-"""`tools` and `tool_choice` to the tools that a model may call (`spec/openai.md` section 4.3)."""
+"""`tools` and `tool_choice` to the tools that a model may, or must, call (`spec/openai.md` section 4.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ def parse_tools(body: ChatBody) -> tuple[Tool, ...]:
         if parsed := _tool(tool, f"tools[{position}]"):
             tools[parsed.name] = parsed
     allowed = _allowed(body.tool_choice, tools)
+    if must_call(body) and not allowed & tools.keys():
+        raise invalid("tool_choice", "there is no such tool to call")
     return tuple(tool for tool in tools.values() if tool.name in allowed)
+
+
+def must_call(body: ChatBody) -> bool:
+    """Whether `tool_choice` leaves the model no other answer than a call."""
+    match body.tool_choice:
+        case "required" | "any" | {"type": "function"} | {"allowed_tools": {"mode": "required"}}:
+            return True
+        case _:
+            return False
 
 
 def _tool(tool: ToolBody, path: str) -> Tool | None:
@@ -36,16 +47,18 @@ def _tool(tool: ToolBody, path: str) -> Tool | None:
 def _allowed(choice: str | dict[str, JSON] | None, tools: Mapping[str, Tool]) -> set[str]:
     """The names of the tools that `tool_choice` leaves to the model."""
     match choice:
-        case None | "auto":
+        case None | "auto" | "required" | "any":
             return set(tools)
         case "none":
             return set()
-        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [*listed]}}:
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required", "tools": [*listed]}}:
             return {name for item in listed if isinstance(name := _function_name(item), str)}
-        case "required" | "any" | {"type": "function" | "allowed_tools" | "custom"}:
-            raise unsupported_value("tool_choice", "forcing a tool call is not offered here, use 'auto' or 'none'")
+        case {"type": "function"} if isinstance(name := _function_name(choice), str):
+            return {name}
+        case {"type": "custom"}:
+            raise unsupported_value("tool_choice", "custom tools are not offered here")
         case _:
-            raise invalid("tool_choice", "expected 'auto', 'none' or an object that chooses tools")
+            raise invalid("tool_choice", "expected 'auto', 'none', 'required' or an object that chooses tools")
 
 
 def _function_name(item: JSON) -> JSON:
