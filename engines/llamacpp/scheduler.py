@@ -236,19 +236,21 @@ class Scheduler:
         return sorted(self.waiting, key=lambda each: _turn(each, now))[:MAX_CONSIDERED]
 
     def next_batch(self, now: float = 0.0) -> Batch:
-        """Choose the next step: decodes first, then prefill of the running, then of the waiting.
+        """Choose the next step: decodes first, then prefill of the running, then of those who wait, better ones before.
 
         `now` is in the clock of `Sequence.arrived`.
         """
         batch = Batch()
         self._make_room(batch)
         decoding = self._decoding()
-        prefilling = sorted((s for s in self.running if s.num_pending > 1), key=lambda s: s.priority.rank)
         batch.slices = [Slice(sequence, 1) for sequence in decoding]
         budget = self._budget(decoding)
-        free = self.cache.num_free_cells - len(decoding)
-        for sequence in prefilling:
-            count = budget.grant(sequence, min(sequence.num_pending, free))
+        begun = sorted((s for s in self.running if s.num_pending > 1), key=lambda s: s.priority.rank)
+        if begun:
+            self._admit(batch, budget, now, better_than=begun[0].priority.rank)
+        free = self.cache.num_free_cells - batch.num_tokens
+        for sequence in begun:
+            count = budget.grant(sequence, min(sequence.num_pending, free)) if sequence.slot is not None else 0
             if count > 0:
                 batch.slices.append(Slice(sequence, count))
                 free -= count
@@ -312,7 +314,7 @@ class Scheduler:
         """An empty slot for a prefix that comes back, and what to forget for it; None if it would displace somebody."""
         forgotten: list[Clear] = []
         if not self.cache.is_unified:
-            seat = self._free_seat(sequence, rank=0)
+            seat = self._free_seat(sequence)
             if seat is None:
                 return None
             if self.cache.is_kept(seat):
@@ -348,15 +350,15 @@ class Scheduler:
             batch.changes.append(change)
             batch.num_preempted += num_running - len(self.running)
 
-    def _admit(self, batch: Batch, budget: Budget, now: float) -> None:
-        """Let waiting sequences in, best class first, while budget, slots and cells last.
+    def _admit(self, batch: Batch, budget: Budget, now: float, *, better_than: int | None = None) -> None:
+        """Let waiting sequences in, best class first, while budget, slots and cells last; perhaps only better ones.
 
         One whose beginning is being prefilled by another, or brought back, waits for that instead of computing it
         again; those behind it may pass.
         """
         promised = sum(sequence.num_pending for sequence in self.running)
         for sequence in self._queue(now):
-            if budget.tokens <= 0:
+            if budget.tokens <= 0 or (better_than is not None and _rank(sequence, now) >= better_than):
                 return
             found = self._longest_prefix(sequence)
             if found.is_coming or sequence in self._restoring:
@@ -385,7 +387,7 @@ class Scheduler:
         """
         rank = sequence.priority.rank if self.running else 0
         if not self.cache.is_unified:
-            return self._seat(sequence, rank, source, shared, batch)
+            return self._seat(sequence, source, shared, batch)
         reachable = self.cache.num_free_cells + self.cache.num_idle_for(rank)
         if reachable - (shared if self.cache.is_kept(source) else 0) < space:
             return False  # before anything is forgotten in vain
@@ -411,9 +413,9 @@ class Scheduler:
         self._start(sequence, source, shared)
         return True
 
-    def _seat(self, sequence: Sequence, rank: int, source: int, shared: int, batch: Batch) -> bool:
+    def _seat(self, sequence: Sequence, source: int, shared: int, batch: Batch) -> bool:
         """The same in streams: a sequence goes on where its prefix is, if that is beside those who run."""
-        slot = self._free_seat(sequence, rank, source)
+        slot = self._free_seat(sequence, source)
         if slot is None:
             return False
         if slot == source:
@@ -431,10 +433,16 @@ class Scheduler:
         self._start(sequence, slot, shared)
         return True
 
-    def _free_seat(self, sequence: Sequence, rank: int, source: int = -1) -> int | None:
-        """The slot for a newcomer: beside those who run, and then its own, a free one, the least recently used one."""
-        droppable = self.cache.droppable(rank)
-        seats = [*(slot for slot in droppable if slot == source), *sorted(self.cache.free_slots), *droppable]
+    def _free_seat(self, sequence: Sequence, source: int = -1) -> int | None:
+        """The slot for a newcomer: beside those who run, and then its own, a free one, the least recently used one.
+
+        Nobody is kept out by what a better class left behind, of which there may be a seat full everywhere; the shelf
+        has room for it. A long prefix stays where it is.
+        """
+        kept = self.cache.kept_slots()
+        if source in kept and self.cache.num_held(source) > MAX_MOVED:
+            return source
+        seats = [*(slot for slot in kept if slot == source), *sorted(self.cache.free_slots), *kept]
         promised = {slot for other, slot in self._reserved.items() if other is not sequence}
         taken = {each.slot for each in self.running if each.slot is not None}
         return best_seat(taken, [slot for slot in seats if slot not in promised] or seats)
@@ -497,7 +505,7 @@ class Scheduler:
             shared = common_prefix(other.prompt, wanted)
             if min(shared, other.num_cached) > best:
                 source, best = other.slot, min(shared, other.num_cached)
-            if shared > other.num_cached:
+            if shared > other.num_cached and other.priority.rank <= sequence.priority.rank:
                 coming = max(coming, shared)
         coming = coming if coming - best >= MIN_AWAITED else 0
         return Prefix(source, best, coming) if best >= MIN_SHARED else Prefix(coming=coming)

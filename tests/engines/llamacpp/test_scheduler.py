@@ -598,6 +598,32 @@ def test_a_newcomer_waits_when_every_stream_is_taken() -> None:
     assert running[3].slot is None
 
 
+def test_what_readers_left_behind_keeps_nobody_out_of_a_stream() -> None:
+    """It goes to the shelf, even while another reader runs."""
+    machine = streams(num_slots=2, num_cells=2000)
+    readers = [asking([number] * 40, priority=Priority.INTERACTIVE) for number in range(2)]
+    for each in readers:
+        machine.add(each)
+    step(machine)
+    machine.remove(readers[0])
+    machine.add(newcomer := asking([7] * 9, priority=Priority.BATCH))
+    [clear] = step(machine).changes
+    assert isinstance(clear, Clear)
+    assert clear.tokens is not None
+    assert newcomer.slot == 0
+
+
+def test_a_reader_does_not_wait_for_a_long_prompt_of_a_lower_class() -> None:
+    """Neither behind it, nor for what they have in common."""
+    machine = streams(num_batch=100)
+    machine.add(long := asking([1] * 900, priority=Priority.NORMAL))
+    step(machine)
+    machine.add(reader := asking([1] * 950, priority=Priority.INTERACTIVE))
+    assert shape(step(machine)) == [(reader, 100)]
+    assert reader.num_reused == 100
+    assert long.slot is not None
+
+
 def test_prefixes_come_back_for_as_many_as_have_a_seat() -> None:
     """One that was brought back for somebody is not dropped for the next one in the queue."""
     machine = streams(num_slots=2, num_cells=2000, shelf=OneTitle(*[1] * 200), num_batch=400)
