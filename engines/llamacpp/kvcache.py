@@ -80,7 +80,7 @@ class KVCache:
 
     def num_held(self, *slots: int) -> int:
         """Cells that some slots hold, free ones none."""
-        return sum(run.length for slot in slots for run in self._runs.get(slot, ()))
+        return sum(self.length(slot) for slot in slots if slot in self._runs)
 
     def open(self, slot: int | None = None) -> int:
         """Take a free slot, any unless one is named."""
@@ -229,12 +229,8 @@ class KVCache:
         The least recently used one of the lowest class goes first, and nothing that a better class left behind. One
         whose cells are all in use by others goes last: it frees none.
         """
-        kept = [slot for slot in self.droppable(rank) if slot != but]
+        kept = [slot for slot, each in self._kept.items() if slot != but and each.rank >= rank]
         return max(kept, key=lambda slot: (self.has_idle_cells(slot), self._kept[slot].rank), default=None)
-
-    def droppable(self, rank: int) -> list[int]:
-        """The kept slots that somebody of `rank` may drop, least recently used first."""
-        return [slot for slot, kept in self._kept.items() if kept.rank >= rank]
 
     def has_idle_cells(self, slot: int) -> bool:
         """Whether a kept slot holds cells that nobody who runs uses."""

@@ -17,7 +17,7 @@ KEPT_SEQUENCES = 32
 MIN_STREAMS = 4
 """Fewer windows than this are shared by all, unless no more requests than that are to be served at once."""
 
-WINDOW_PAD = 256  # llama-context.cpp rounds a window up to this
+_PAD = 256  # llama-context.cpp rounds n_ctx, or a stream's part of it, up to this
 
 MAX_SLOTS = 256  # llama-cparams.h LLAMA_MAX_SEQ
 MAX_MEASURED = 32
@@ -66,15 +66,16 @@ def lay_out(config: LoadConfig, trained: int, *, is_recurrent: bool) -> Layout:
     is_unified = config.unified_cache or is_recurrent or windows < min(config.num_sequences, MIN_STREAMS)
     num_cells, num_slots = num_ctx * windows, max(config.num_sequences, 1) + (0 if is_recurrent else KEPT_SEQUENCES)
     if not is_unified:
-        num_cells, num_slots = _padded(num_ctx) * windows, windows
+        num_cells, num_slots = padded(num_ctx) * windows, windows
     num_slots = min(num_slots, MAX_SLOTS)
     num_batch = max(min(config.num_batch, num_cells, MAX_BATCH), num_slots)
     num_ubatch = min(num_batch, SMALL_UBATCH if config.flash_attention is False else UBATCH)
     return Layout(num_ctx, num_cells, num_slots, num_batch, num_ubatch, num_slots + MAX_MEASURED, is_unified)
 
 
-def _padded(num_ctx: int) -> int:
-    return -(-num_ctx // WINDOW_PAD) * WINDOW_PAD
+def padded(num_cells: int) -> int:
+    """As many cells as llama.cpp makes of so many."""
+    return -(-num_cells // _PAD) * _PAD
 
 
 def _window(asked: int | None, trained: int) -> int:

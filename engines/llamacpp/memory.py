@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from engines.inference import LoadConfig
 from engines.llamacpp.hparams import Hyperparameters, read_hyperparameters
-from engines.llamacpp.layout import WINDOW_PAD, Layout, lay_out
+from engines.llamacpp.layout import Layout, lay_out, padded
 from engines.store.gguf import GGUFHeader
 from engines.store.gguf_types import TENSOR_TYPES
 
@@ -65,15 +65,11 @@ def estimate(header: GGUFHeader, config: LoadConfig) -> MemoryNeed:
     )
 
 
-def _padded(num_cells: int) -> int:
-    return -(-num_cells // WINDOW_PAD) * WINDOW_PAD
-
-
 def _cache(shape: Hyperparameters, layout: Layout, cache_type: str) -> int:
     """Cells count all together; states are each slot's own, in 32-bit floats."""
     a_cell = sum(_row(layer.key_width, cache_type) + _row(layer.value_width, cache_type) for layer in shape.layers)
     a_slot = sum(layer.state_width for layer in shape.layers) * _F32
-    return _padded(layout.num_cells) * a_cell + layout.num_slots * a_slot
+    return padded(layout.num_cells) * a_cell + layout.num_slots * a_slot
 
 
 def _row(num_elements: int, kind: str) -> int:
@@ -87,7 +83,7 @@ def _compute(shape: Hyperparameters, layout: Layout, *, uses_flash_attention: bo
     The buffer is used again and again, so the largest moment counts: within a layer, or at the output, when the masks
     are no longer needed.
     """
-    cells = _padded(layout.seen_cells)
+    cells = padded(layout.seen_cells)
     num_tokens = min(layout.num_ubatch, cells)
     row = shape.num_vocab * _F32
     attention, feed_forward, recurrence = (
