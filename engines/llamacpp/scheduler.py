@@ -36,6 +36,9 @@ MIN_RESTORED = 32
 MAX_MOVED = 8192
 """Tokens that may be moved to close a gap between streams; with more, reading the weights twice is less work."""
 
+MOST_COPIED = 256
+"""Tokens of a stream that are copied for each one that is shared; copying more takes longer than computing that one."""
+
 MAX_CONSIDERED = 32
 """Waiting sequences that a step looks at, so that a long queue costs those who run nothing."""
 
@@ -374,6 +377,7 @@ class Scheduler:
                 promised = sum(each.num_pending for each in self.running)
                 needed = sequence.num_pending - shared
                 space = needed + promised + self.headroom * len(self.running)
+            needed = sequence.num_pending
             count = budget.grant(sequence, needed)
             if count > 0:
                 batch.slices.append(Slice(sequence, count))
@@ -427,6 +431,8 @@ class Scheduler:
             if self.cache.is_kept(slot):
                 batch.changes.append(self._forget(slot))
             self.cache.open(slot)
+            if shared * MOST_COPIED < self.cache.num_held(source):
+                shared = 0
             if shared:
                 self.cache.share(source, slot, shared)
                 batch.changes.append(Copy(source, slot, shared))

@@ -567,6 +567,17 @@ def test_a_prefix_is_copied_to_a_stream_beside_its_owner() -> None:
     assert other.num_reused == 45
 
 
+def test_a_long_stream_is_not_copied_for_a_few_tokens() -> None:
+    """A state is copied whole, so computing them takes less time."""
+    machine = streams(num_cells=40_000, num_batch=9000)
+    machine.add(asking([1] * 9 + [2] * 8000, num_ctx=10_000))
+    step(machine)
+    machine.add(other := asking([1] * 9 + [3] * 20))
+    batch = machine.next_batch()
+    assert batch.changes == []
+    assert (other, 29) in shape(batch)
+
+
 def test_a_gap_between_streams_is_closed() -> None:
     """After a step, the last one changes places with what the one that finished has left behind."""
     machine = streams()
