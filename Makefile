@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT := pyproject.toml hatch_build.py $(wildcard engines/llamacpp/kernels/*.cpp engines/llamacpp/kernels/*.h)
 
 .PHONY: serve test lint bench clean
 
@@ -20,15 +21,15 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks all
 
-$(VENV)/.serve: pyproject.toml
+$(VENV)/.serve: $(BUILT)
 	@./install.sh $(PYTHON) $(VENV) .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml
+$(VENV)/.dev: $(BUILT)
 	@./install.sh $(PYTHON) $(VENV) '.[dev]'
 	@touch $@ $(VENV)/.serve
 
-$(VENV)/.bench: pyproject.toml
+$(VENV)/.bench: $(BUILT)
 	@./install.sh $(PYTHON) $(VENV) '.[bench]'
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 `python -m benchmarks.bare` prints one JSON object. The only benchmark file that imports llama_cpp, and nothing here
 imports the engine: parameters are written out once more on purpose, so that a wrong one there shows as a difference.
+The kernels are loaded as the engine loads them, or left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from engines.llamacpp.kernels import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +45,37 @@ class BareRates:
     decode_tps: float
 
 
-def run_bare(options: BareOptions) -> BareRates:
-    """Measure in a new process. Raises CalledProcessError; what was wrong is on stderr."""
+def run_bare(options: BareOptions, *, kernels: bool = True) -> BareRates:
+    """Measure in a new process. Raises CalledProcessError; what was wrong is on stderr.
+
+    Args:
+        options: what to run.
+        kernels: with ours, where they can be used, or llama.cpp as it ships.
+    """
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(options).items()]
     command = [sys.executable, "-m", "benchmarks.bare", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    environment = os.environ if kernels else os.environ | {"HEADWATER_KERNELS": "0"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=root, env=environment)
     return BareRates(**json.loads(done.stdout))
 
 
 def measure(options: BareOptions) -> BareRates:
     """Measure in this process."""
+    kernels = library.load()
+    if kernels is not None:
+        os.environ["GGML_CPU_TILED_MM"] = "0"
     import llama_cpp as lib  # noqa: PLC0415  # whoever imports this module must not load llama.cpp
     import numpy as np  # noqa: PLC0415  # as above, to keep the two together
 
     silent = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(os.fsencode(options.model), lib.llama_model_default_params())
+    if kernels is not None:
+        library.fall_back_on(kernels, Path(lib.__file__).parent / "lib")
+    how = lib.llama_model_default_params()
+    how.use_extra_bufts = kernels is None
+    model = lib.llama_model_load_from_file(os.fsencode(options.model), how)
     params = lib.llama_context_default_params()
     params.n_ctx = options.num_cells
     params.n_batch = options.num_batch

@@ -23,6 +23,7 @@ from benchmarks.targets import Running, Spec, Target
 T = TypeVar("T")
 
 BARE = "bare loop"
+BARE_AS_SHIPPED = "bare, no kernels"
 
 MAX_FAILURE = 600
 """Characters of what a failed server said last."""

@@ -65,7 +65,8 @@ TABLE = [
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.llamacpp.memory"),
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.inference", "engines.store.*", *VOCABULARY),
     ),
-    Row(("engines.llamacpp.capi",)),
+    Row(("engines.llamacpp.kernels.*",)),
+    Row(("engines.llamacpp.capi",), ("engines.llamacpp.kernels.library",)),
     Row(("engines.llamacpp.quantize",), ("engines.llamacpp.capi",)),
     Row(("engines.llamacpp.model",), ("engines.llamacpp.capi", *VOCABULARY), ("llguidance",)),
     Row(
@@ -100,7 +101,11 @@ TABLE = [
     ),
     Row(("compat.*",), ("compat.*", *VOCABULARY), ("msgspec",)),
     Row(("gateway.__main__",), ("gateway.cli.main",)),
-    Row(("gateway.cli.*",), ("gateway.*", *HOUSE), ("httpx", "msgspec", "psutil", "rich", "typer")),
+    Row(
+        ("gateway.cli.*",),
+        ("gateway.*", "engines.llamacpp.kernels.library", *HOUSE),
+        ("httpx", "msgspec", "psutil", "rich", "typer"),
+    ),
     Row(
         ("gateway.app",),
         ("gateway.*", "engines.llamacpp.backend", "engines.llamacpp.quantizer", *HOUSE),

@@ -3,6 +3,8 @@
 `import llama_cpp` also loads an inference server's worth of Python on top of the API (chat formats, disk caches,
 NumPy's type stubs), which takes as long as loading a small model. The package's place is taken by its own C API
 instead, which has every name that its `__init__` would have re-exported from there.
+
+Our kernels are loaded before it, so that it calls them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import ctypes
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
+
+from engines.llamacpp.kernels import library as kernels
 
 
 def _load() -> Any:
@@ -24,7 +29,13 @@ def _load() -> Any:
     return sys.modules["llama_cpp.llama_cpp"]
 
 
+_kernels = None if "llama_cpp" in sys.modules else kernels.load()
 lib = _load()
+if _kernels is not None:
+    kernels.fall_back_on(_kernels, Path(lib.__file__).parent / "lib")
+
+has_kernels = _kernels is not None
+"""Whether llama.cpp calls our kernels."""
 
 _WARN = 3  # ggml.h ggml_log_level: 1 debug, 2 info, 3 warn, 4 error, 5 continues the line before
 

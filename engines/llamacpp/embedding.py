@@ -104,6 +104,7 @@ class EmbeddingEngine(InferenceBackend):
             path,
             parts=config.parts,
             adapters=config.adapters,
+            has_experts=read_hyperparameters(header).has_experts,
             num_gpu=config.gpu_layers,
             main_gpu=config.gpu_ids[0] if config.gpu_ids else None,
             tensor_split=config.tensor_split,

@@ -37,7 +37,7 @@ from engines.llamacpp.constraints import ConstrainedChooser, Grammars
 from engines.llamacpp.context import Context
 from engines.llamacpp.detokenize import TextStream
 from engines.llamacpp.generation import LlamaCppGeneration
-from engines.llamacpp.hparams import read_hyperparameters
+from engines.llamacpp.hparams import Hyperparameters, read_hyperparameters
 from engines.llamacpp.layout import lay_out
 from engines.llamacpp.loop import EngineLoop, Output
 from engines.llamacpp.model import Model, version
@@ -112,10 +112,10 @@ class LlamaCppEngine(InferenceBackend):
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Load a GGUF. The file is checked before a model that is already loaded is given up."""
         async with self._loading:
-            await asyncio.to_thread(_check_file, model_path, config.parts)
+            shape = await asyncio.to_thread(_read_shape, model_path, config.parts)
             await self._unload()
             self._progress = 0.0
-            model = await asyncio.to_thread(self._load, model_path, config)
+            model = await asyncio.to_thread(self._load, model_path, shape, config)
             self._events = asyncio.get_running_loop()
             self._loop = EngineLoop(
                 self._context,
@@ -134,11 +134,12 @@ class LlamaCppEngine(InferenceBackend):
         """From the thread that loads."""
         self._progress = fraction
 
-    def _load(self, path: Path, config: LoadConfig) -> Model:
+    def _load(self, path: Path, shape: Hyperparameters, config: LoadConfig) -> Model:
         model = Model(
             path,
             parts=config.parts,
             adapters=config.adapters,
+            has_experts=shape.has_experts,
             num_gpu=config.gpu_layers,
             main_gpu=config.gpu_ids[0] if config.gpu_ids else None,
             tensor_split=config.tensor_split,
@@ -392,14 +393,14 @@ class LlamaCppEngine(InferenceBackend):
         self._generations.clear()
 
 
-def _check_file(path: Path, parts: tuple[str, ...]) -> None:
+def _read_shape(path: Path, parts: tuple[str, ...]) -> Hyperparameters:
     """Refuse what is no GGUF before llama.cpp sees it, whose own checks abort the process now and then."""
-    for part in map(Path, parts or (path,)):
-        if not part.is_file():
-            raise ModelNotFound(part.name)
-        header = read_header(part, arrays=False)
-        if part == path:
-            read_hyperparameters(header)
+    files = [Path(part) for part in parts] or [path]
+    for file in files:
+        if not file.is_file():
+            raise ModelNotFound(file.name)
+    headers = {file: read_header(file, arrays=False) for file in files}
+    return read_hyperparameters(headers[path])
 
 
 def _open_disk(path: Path, config: LoadConfig) -> Disk | None:

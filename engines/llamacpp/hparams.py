@@ -73,6 +73,7 @@ class Hyperparameters:
     scan_width: int
     layers: tuple[Layer, ...]
     has_window: bool
+    has_experts: bool
 
     @property
     def is_recurrent(self) -> bool:
@@ -136,6 +137,7 @@ class _Reader:
             scan_width=conv_width + state_width,
             layers=self._layers(heads, key, value, conv_width + state_width),
             has_window=self._window > 0,
+            has_experts=self.number("expert_count", MAX_EXPERTS) > 0,
         )
 
     def _head_width(self, name: str, num_embd: int, heads: list[int]) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from llguidance import LLTokenizer
 
 from engines.errors import ModelLoadFailed
-from engines.llamacpp.capi import lib
+from engines.llamacpp.capi import has_kernels, lib
 
 _RUN = re.compile(r"\S{4096}|\s{4096}")
 _LONG_TEXT = 16 * 1024
@@ -40,6 +40,7 @@ class Model:
         *,
         parts: Sequence[str] = (),
         adapters: Sequence[str] = (),
+        has_experts: bool = False,
         num_gpu: int = -1,
         main_gpu: int | None = None,
         tensor_split: Sequence[float] = (),
@@ -58,6 +59,11 @@ class Model:
             self._split = (ctypes.c_float * lib.LLAMA_MAX_DEVICES)(*shares)  # kept: C holds the pointer
             params.tensor_split = self._split
         params.load_mode = _load_mode(use_mmap, use_mlock=use_mlock)
+        if (
+            has_kernels and not has_experts
+        ):  # of experts llama.cpp chooses the rows itself, and does not ask for products
+            params.use_extra_bufts = False  # weights as they are in the file, which the kernels read
+            os.environ["GGML_CPU_TILED_MM"] = "0"  # ggml-cpu/tiled: llama.cpp's other way of multiplying wide batches
         self._progress = lib.llama_progress_callback(_progress_to(on_progress))  # kept: C holds the pointer
         params.progress_callback = self._progress
         if parts:

@@ -25,6 +25,7 @@ import httpx
 import msgspec
 import psutil
 
+from engines.llamacpp.kernels import library as kernels
 from engines.store.catalog import Catalog
 from engines.store.manifests import walk
 from gateway.cli.format import size
@@ -71,6 +72,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     """Every finding about this machine and these settings, as soon as it is known."""
     yield check_python()
     yield check_llama_cpp()
+    yield check_kernels()
     yield check_models(settings.models)
     yield check_data(settings.data)
     yield check_database(settings.database_url)
@@ -101,6 +103,13 @@ def check_llama_cpp() -> Finding:
     # `CPU : SSE3 = 1 | AVX2 = 1 | ...`, a colon after the name of each device
     features = re.findall(r"(\w+) = 1", build.info)
     return Finding("llama.cpp", Level.OK, ", ".join([f"llama-cpp-python {build.version} {device}", *features]))
+
+
+def check_kernels() -> Finding:
+    """Whether processors compute with our kernels; without them everything works, and takes longer."""
+    if reason := kernels.why_not():
+        return Finding("kernels", Level.OK, f"llama.cpp's own: {reason}")
+    return Finding("kernels", Level.OK, "AVX-512 VNNI, for Q4_0, Q8_0, Q4_K, Q5_K and Q6_K weights")
 
 
 _REINSTALL = "reinstall it: pip install --force-reinstall --no-cache-dir llama-cpp-python"

@@ -37,7 +37,9 @@ def test_doctor_finds_no_problem_and_changes_nothing(tidy: Path) -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     found = [line.split()[1] for line in result.output.splitlines() if not line.startswith(" ")]
-    assert found == ["settings", "python", "llama.cpp", "models", "data", "database", "port", "memory", "disk"]
+    assert found == [
+        *("settings", "python", "llama.cpp", "kernels", "models", "data", "database", "port", "memory", "disk"),
+    ]
     assert list(tidy.iterdir()) == []
 
 
@@ -75,6 +77,13 @@ def test_llama_cpp_is_described() -> None:
     finding = checks.check_llama_cpp()
     assert finding.level is Level.OK
     assert finding.detail.startswith("llama-cpp-python ")
+
+
+def test_kernels_say_what_keeps_them_from_being_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow is not broken, but whoever wonders finds the reason."""
+    monkeypatch.setenv("HEADWATER_KERNELS", "0")
+    finding = checks.check_kernels()
+    assert (finding.level, finding.detail) == (Level.OK, "llama.cpp's own: HEADWATER_KERNELS turns them off")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""The compiled kernels: whether they are for this machine, and how llama.cpp comes to call them.
+
+They have the name of one of llama.cpp's functions, `llamafile_sgemm`. The dynamic linker of Linux binds a name to the
+first library that has it, so ours is loaded before llama.cpp, for all to see.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libheadwater_kernels.so")
+
+TRIED = "0.3.36"
+"""The llama-cpp-python whose llama.cpp calls the function as we expect it (llamafile/sgemm.h)."""
+
+FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"})
+"""What the processor must have, in the words of /proc/cpuinfo. `hatch_build.py` compiles for the same."""
+
+
+def why_not() -> str:
+    """Why the kernels cannot be used here; empty when they can."""
+    if os.environ.get("HEADWATER_KERNELS", "").lower() in {"0", "false", "f"}:
+        return "HEADWATER_KERNELS turns them off"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "they are for Linux on x86-64"
+    if missing := FEATURES - _features():
+        return f"the processor lacks {', '.join(sorted(missing))}"
+    if not LIBRARY.is_file():
+        return "they were not compiled: no C++20 compiler was found at the installation"
+    if (version := importlib.metadata.version("llama-cpp-python")) != TRIED:
+        return f"llama-cpp-python is {version}, and they are known to fit {TRIED}"
+    return ""
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """Load them, before llama.cpp is loaded; None where they cannot be used."""
+    return None if why_not() else ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+
+
+def fall_back_on(kernels: ctypes.CDLL, llama_cpp: Path) -> None:
+    """Have the kernels ask llama.cpp's own function for types that they do not know.
+
+    Args:
+        kernels: what `load` gave.
+        llama_cpp: the folder of its libraries, which are loaded by now. Asked by its handle, a library gives its own.
+    """
+    ggml = ctypes.CDLL(str(llama_cpp / "libggml-cpu.so"))
+    kernels.headwater_kernels_fall_back_on(ctypes.cast(ggml.llamafile_sgemm, ctypes.c_void_p))
+
+
+def _features() -> frozenset[str]:
+    with Path("/proc/cpuinfo").open() as lines:
+        flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())

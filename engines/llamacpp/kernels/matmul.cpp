@@ -1,0 +1,307 @@
+// Products of quantized weights and activations, for processors with AVX-512 VNNI.
+//
+// ggml asks `llamafile_sgemm` for every product of a weight matrix with what flows through the model, each of its threads
+// for its share (ggml-cpu.c, ggml_compute_forward_mul_mat). This library has a function of that name; loaded first, it is
+// the one that gets asked. Types that it does not know go to llama.cpp's own.
+//
+// ggml's kernels keep the 32 values of a block side by side in a register: each product is followed by a sum over lanes,
+// by scales for 8 lanes only, and the processor's wide registers stay half empty. Here 16 rows lie side by side (weights.h),
+// once for all columns, so a lane sums up its own row and 512 products take 8 instructions and one more for the scale.
+//
+// A column's result does not depend on which other columns it is computed with.
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "weights.h"
+
+namespace headwater {
+
+constexpr int    kColumns    = 12;           // sums that are kept in registers: as many as 32 registers have room for
+constexpr size_t kPanelBytes = 1024 * 1024;  // of activations, which are read once for each tile: half of a core's L2
+
+// Memory that is kept from call to call. One for each of ggml's threads.
+class Scratch {
+  public:
+    Scratch() = default;
+    Scratch(const Scratch &) = delete;
+    Scratch & operator=(const Scratch &) = delete;
+
+    ~Scratch() { std::free(data_); }
+
+    template <typename T> T * reserve(size_t count) {
+        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = 0;
+            data_ = std::aligned_alloc(64, bytes);
+            if (!data_) {
+                throw std::bad_alloc();  // leaves C through ggml's threads, which ends the process as ggml's own does
+            }
+            size_ = bytes;
+        }
+        return static_cast<T *>(data_);
+    }
+
+  private:
+    void * data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Some columns of activations: signed bytes, and of each group of values its scale and its sum.
+struct Panel {
+    int8_t *  values;  // (columns, stride)
+    float *   scales;  // (groups, width)
+    int32_t * starts;  // (groups, width): what a sum of products begins with, to take the weights' zero out
+    float *   sums;    // (groups, width): scale * sum, which the weights' minima are multiplied with
+    int64_t   stride;  // the depth and a cache line more: columns a power of two apart would fall into the same cache sets
+    int64_t   groups, width;
+};
+
+inline int32_t sum_of_bytes(const int8_t * values, int count) {
+    const __m256i bytes = count == 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)) :
+                                        _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values)));
+    const __m256i eight = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
+    __m128i       four  = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four                = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+// Read the columns `first` to `first + count` of the activations into a panel.
+template <class W>
+void read_activations(const Panel & panel, const uint8_t * columns, size_t stride, int64_t count) {
+    constexpr bool    is_small = W::kActivation == kQ8_0;  // else Q8_K: a float, 256 values, and sums that are not needed
+    constexpr int     block_values = is_small ? 32 : 256, block_bytes = is_small ? 34 : 292, header = is_small ? 2 : 4;
+    constexpr int     groups = block_values / W::kGroup;
+    for (int64_t column = 0; column < count; column++) {
+        const uint8_t * block = columns + column * stride;
+        int8_t *        values = panel.values + column * panel.stride;
+        for (int64_t at = column; at < panel.groups * panel.width; block += block_bytes) {
+            float scale;
+            if constexpr (is_small) {
+                uint16_t half;
+                std::memcpy(&half, block, sizeof half);
+                scale = _cvtsh_ss(half);
+            } else {
+                std::memcpy(&scale, block, sizeof scale);
+            }
+            std::memcpy(values, block + header, block_values);
+            for (int i = 0; i < groups; i++, at += panel.width, values += W::kGroup) {
+                const int32_t sum = sum_of_bytes(values, W::kGroup);
+                panel.scales[at]  = scale;
+                panel.starts[at]  = -W::kZero * sum;
+                panel.sums[at]    = scale * static_cast<float>(sum);
+            }
+        }
+    }
+}
+
+// Some blocks of 16 rows of weights, unpacked.
+struct Tile {
+    __m512i * values;  // (blocks, W::kValues / 4)
+    __m512 *  scales;  // (blocks, W::kValues / W::kGroup)
+    __m512 *  minima;  // as many, where the type has any
+};
+
+// One row for each lane, one column for each register.
+template <int N> struct Sums {
+    __m512 of[N];
+
+    Sums() {
+#pragma GCC unroll 12
+        for (int n = 0; n < N; n++) {
+            of[n] = _mm512_setzero_ps();
+        }
+    }
+
+    // Add `count` groups of a tile times those of `N` columns that begin at `group`.
+    template <class W>
+    [[gnu::always_inline]] void add(const Tile & tile, const Panel & panel, int64_t column, int64_t group, int64_t count) {
+        constexpr int  words  = W::kGroup / 4;
+        const int8_t * values = panel.values + column * panel.stride + group * W::kGroup;
+        int64_t        at     = group * panel.width + column;
+        for (int64_t i = 0; i < count; i++, at += panel.width, values += W::kGroup) {
+            __m512i products[N];
+#pragma GCC unroll 12
+            for (int n = 0; n < N; n++) {
+                products[n] = W::kZero ? _mm512_set1_epi32(panel.starts[at + n]) : _mm512_setzero_si512();
+            }
+#pragma GCC unroll 8
+            for (int word = 0; word < words; word++) {
+                const __m512i weights = tile.values[i * words + word];
+#pragma GCC unroll 12
+                for (int n = 0; n < N; n++) {
+                    int32_t four;
+                    std::memcpy(&four, values + n * panel.stride + 4 * word, sizeof four);
+                    products[n] = _mm512_dpbusd_epi32(products[n], weights, _mm512_set1_epi32(four));
+                }
+            }
+#pragma GCC unroll 12
+            for (int n = 0; n < N; n++) {
+                const __m512 scale = _mm512_mul_ps(tile.scales[i], _mm512_set1_ps(panel.scales[at + n]));
+                of[n]              = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[n]), scale, of[n]);
+                if constexpr (W::kHasMinima) {
+                    of[n] = _mm512_fmadd_ps(tile.minima[i], _mm512_set1_ps(panel.sums[at + n]), of[n]);
+                }
+            }
+        }
+    }
+
+    void store(float * out, int64_t stride, __mmask16 rows) const {
+#pragma GCC unroll 12
+        for (int n = 0; n < N; n++) {
+            _mm512_mask_storeu_ps(out + n * stride, rows, of[n]);
+        }
+    }
+};
+
+// What ggml asks for: out[n][m] = weights[m] . activations[n]. Strides are in bytes, that of `out` in floats.
+struct Product {
+    int             thread, num_threads;
+    int64_t         rows, columns, depth;
+    const uint8_t * weights;
+    size_t          weights_stride;
+    const uint8_t * activations;
+    size_t          activations_stride;
+    float *         out;
+    int64_t         out_stride;
+};
+
+// One thread's share of a product, for one type of weights.
+template <class W> class Share {
+  public:
+    explicit Share(const Product & product) : p_(product) {
+        static thread_local Scratch values, scales, starts, sums, tile_values, tile_scales, tile_minima;
+
+        const int64_t groups = p_.depth / W::kGroup, stride = p_.depth + 64;
+        const int64_t fitting = static_cast<int64_t>(kPanelBytes) / (stride + 12 * groups) / kColumns * kColumns;
+        const int64_t width   = std::min(p_.columns, std::max<int64_t>(fitting, kColumns));
+        panel_ = { values.reserve<int8_t>(width * stride), scales.reserve<float>(width * groups),
+                   starts.reserve<int32_t>(width * groups), sums.reserve<float>(width * groups), stride, groups, width };
+        tile_  = { tile_values.reserve<__m512i>(p_.depth / 4), tile_scales.reserve<__m512>(groups),
+                   tile_minima.reserve<__m512>(groups) };
+    }
+
+    void compute() {
+        const int64_t tiles = (p_.rows + kRows - 1) / kRows;
+        const int64_t begin = tiles * p_.thread / p_.num_threads * kRows;
+        const int64_t end   = std::min(tiles * (p_.thread + 1) / p_.num_threads * kRows, p_.rows);
+        for (int64_t column = 0; column < p_.columns; column += panel_.width) {
+            const int64_t width = std::min(panel_.width, p_.columns - column);
+            read_activations<W>(panel_, p_.activations + column * p_.activations_stride, p_.activations_stride, width);
+            for (int64_t row = begin; row < end; row += kRows) {
+                multiply(row, column, width);
+            }
+        }
+    }
+
+  private:
+    static constexpr int kBlockGroups = W::kValues / W::kGroup;
+
+    // One tile times the panel.
+    void multiply(int64_t row, int64_t column, int64_t width) {
+        const int       count = static_cast<int>(std::min<int64_t>(kRows, p_.rows - row));
+        const Rows      rows(p_.weights + row * p_.weights_stride, p_.weights_stride, count);
+        const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+        float *         out  = p_.out + column * p_.out_stride + row;
+        if (width <= kColumns) {
+            multiply_as_read<kColumns>(width, rows, out, mask);
+            return;
+        }
+        for (int64_t block = 0; block < p_.depth / W::kValues; block++) {
+            unpack(rows, block, { tile_.values + block * W::kValues / 4, tile_.scales + block * kBlockGroups,
+                                  tile_.minima + block * kBlockGroups });
+        }
+        int64_t done = 0;
+        for (; done + kColumns <= width; done += kColumns) {
+            multiply_unpacked<kColumns>(kColumns, done, out, mask);
+        }
+        multiply_unpacked<kColumns - 1>(width - done, done, out, mask);
+    }
+
+    // Few columns: every block is multiplied as soon as it is unpacked, and stays in the nearest cache.
+    template <int N> void multiply_as_read(int64_t width, const Rows & rows, float * out, __mmask16 mask) {
+        if (width == N) {
+            Sums<N> sums;
+            for (int64_t block = 0; block < p_.depth / W::kValues; block++) {
+                unpack(rows, block, tile_);
+                sums.template add<W>(tile_, panel_, 0, block * kBlockGroups, kBlockGroups);
+            }
+            sums.store(out, p_.out_stride, mask);
+        } else if constexpr (N > 1) {
+            multiply_as_read<N - 1>(width, rows, out, mask);
+        }
+    }
+
+    // `count` columns of many, no more than `N`.
+    template <int N> void multiply_unpacked(int64_t count, int64_t column, float * out, __mmask16 mask) {
+        if (count == N) {
+            Sums<N> sums;
+            sums.template add<W>(tile_, panel_, column, 0, panel_.groups);
+            sums.store(out + column * p_.out_stride, p_.out_stride, mask);
+        } else if constexpr (N > 1) {
+            multiply_unpacked<N - 1>(count, column, out, mask);
+        }
+    }
+
+    // While it unpacks this block it has the same one of the next tile brought from memory.
+    void unpack(const Rows & rows, int64_t block, const Tile & tile) {
+        const uint8_t * next = rows.row[0] + kRows * p_.weights_stride + block * kRows * W::kBytes;
+        for (int line = 0; line < kRows * W::kBytes; line += 64) {
+            _mm_prefetch(reinterpret_cast<const char *>(next + line), _MM_HINT_T0);
+        }
+        W::unpack(rows, block * W::kBytes, tile.values, tile.scales, tile.minima);
+    }
+
+    const Product & p_;
+    Panel           panel_;
+    Tile            tile_;
+};
+
+}  // namespace headwater
+
+extern "C" {
+
+// The beginning of ggml-cpu-impl.h's struct.
+struct ggml_compute_params {
+    int ith, nth;
+};
+
+using Sgemm = bool (*)(const ggml_compute_params *, int64_t, int64_t, int64_t, const void *, int64_t, const void *, int64_t,
+                       void *, int64_t, int, int, int);
+
+static Sgemm llama_cpp_sgemm = nullptr;
+
+// Name llama.cpp's own function, for all other types.
+void headwater_kernels_fall_back_on(Sgemm sgemm) { llama_cpp_sgemm = sgemm; }
+
+// See llamafile/sgemm.cpp: m rows of A times n columns of B, k blocks each; lda, ldb and ldc are blocks, blocks and floats
+// from one to the next. False means that ggml has to compute it another way.
+bool llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * A, int64_t lda,
+                     const void * B, int64_t ldb, void * C, int64_t ldc, int Atype, int Btype, int Ctype) {
+    using namespace headwater;
+    const auto ours = [&]<class W>(W) {
+        constexpr size_t block_bytes = W::kActivation == kQ8_0 ? 34 : 292;
+        if (Btype != W::kActivation || Ctype != 0) {
+            return false;  // ggml asks first for activations as they are, then for quantized ones
+        }
+        const Product product{ params->ith, params->nth, m, n, k * W::kValues,
+                               static_cast<const uint8_t *>(A), lda * size_t{ W::kBytes },
+                               static_cast<const uint8_t *>(B), ldb * block_bytes, static_cast<float *>(C), ldc };
+        Share<W>(product).compute();
+        return true;
+    };
+    switch (Atype) {  // ggml.h ggml_type
+        case 2: return ours(Q4_0{});
+        case 8: return ours(Q8_0{});
+        case 12: return ours(Q4_K{});
+        case 13: return ours(Q5_K{});
+        case 14: return ours(Q6_K{});
+        default: break;
+    }
+    return llama_cpp_sgemm && llama_cpp_sgemm(params, m, n, k, A, lda, B, ldb, C, ldc, Atype, Btype, Ctype);
+}
+
+}  // extern "C"
