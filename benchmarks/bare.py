@@ -72,7 +72,7 @@ def measure(options: BareOptions) -> BareRates:
     lib.llama_log_set(silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
     if kernels is not None:
-        library.fall_back_on(kernels, Path(lib.__file__).parent / "lib")
+        library.bind(kernels, Path(lib.__file__).parent / "lib")
     how = lib.llama_model_default_params()
     how.use_extra_bufts = kernels is None
     model = lib.llama_model_load_from_file(os.fsencode(options.model), how)

@@ -32,7 +32,7 @@ def _load() -> Any:
 _kernels = None if "llama_cpp" in sys.modules else kernels.load()
 lib = _load()
 if _kernels is not None:
-    kernels.fall_back_on(_kernels, Path(lib.__file__).parent / "lib")
+    kernels.bind(_kernels, Path(lib.__file__).parent / "lib")
 
 has_kernels = _kernels is not None
 """Whether llama.cpp calls our kernels."""

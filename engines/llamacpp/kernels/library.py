@@ -44,15 +44,16 @@ def load() -> ctypes.CDLL | None:
     return None if why_not() else ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
 
 
-def fall_back_on(kernels: ctypes.CDLL, llama_cpp: Path) -> None:
-    """Have the kernels ask llama.cpp's own function for types that they do not know.
+def bind(kernels: ctypes.CDLL, llama_cpp: Path) -> None:
+    """Name the kernels llama.cpp's functions: its own product, for types that they do not know, and its work counter.
 
     Args:
         kernels: what `load` gave.
         llama_cpp: the folder of its libraries, which are loaded by now. Asked by its handle, a library gives its own.
     """
     ggml = ctypes.CDLL(str(llama_cpp / "libggml-cpu.so"))
-    kernels.headwater_kernels_fall_back_on(ctypes.cast(ggml.llamafile_sgemm, ctypes.c_void_p))
+    functions = (ggml.llamafile_sgemm, ggml.ggml_threadpool_chunk_add)
+    kernels.headwater_kernels_bind(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
 
 
 def _features() -> frozenset[str]:

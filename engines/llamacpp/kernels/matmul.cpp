@@ -17,10 +17,13 @@
 
 #include "weights.h"
 
+struct ggml_threadpool;
+
 namespace headwater {
 
 constexpr int    kColumns    = 12;           // sums that are kept in registers: as many as 32 registers have room for
 constexpr size_t kPanelBytes = 1024 * 1024;  // of activations, which are read once for each tile: half of a core's L2
+constexpr size_t kChunkBytes = 64 * 1024;    // of weights, which a thread takes at a time: some microseconds of work
 
 // Memory that is kept from call to call. One for each of ggml's threads.
 class Scratch {
@@ -157,9 +160,15 @@ template <int N> struct Sums {
     }
 };
 
+// ggml_threadpool_chunk_add: the next chunk of the product that a pool's threads are computing.
+using TakeChunk = int (*)(ggml_threadpool *, int);
+
+static TakeChunk take_chunk = nullptr;
+
 // What ggml asks for: out[n][m] = weights[m] . activations[n]. Strides are in bytes, that of `out` in floats.
 struct Product {
     int             thread, num_threads;
+    ggml_threadpool * threadpool;  // counts the chunks that are taken; null where each thread takes its share
     int64_t         rows, columns, depth;
     const uint8_t * weights;
     size_t          weights_stride;
@@ -184,15 +193,25 @@ template <class W> class Share {
                    tile_minima.reserve<__m512>(groups) };
     }
 
+    // Chunks of rows, panel by panel. They are taken one by one, so a thread that loses its core for a while holds up the
+    // others by one chunk at most; one is taken ahead, for its first rows to be brought from memory.
     void compute() {
-        const int64_t tiles = (p_.rows + kRows - 1) / kRows;
-        const int64_t begin = tiles * p_.thread / p_.num_threads * kRows;
-        const int64_t end   = std::min(tiles * (p_.thread + 1) / p_.num_threads * kRows, p_.rows);
-        for (int64_t column = 0; column < p_.columns; column += panel_.width) {
-            const int64_t width = std::min(panel_.width, p_.columns - column);
-            read_activations<W>(panel_, p_.activations + column * p_.activations_stride, p_.activations_stride, width);
-            for (int64_t row = begin; row < end; row += kRows) {
-                multiply(row, column, width);
+        const int64_t tile_bytes = kRows * p_.depth / W::kValues * W::kBytes;
+        const int64_t chunk_rows = kRows * std::max<int64_t>(1, kChunkBytes / tile_bytes);
+        const int64_t chunks     = (p_.rows + chunk_rows - 1) / chunk_rows;
+        const int64_t panels     = (p_.columns + panel_.width - 1) / panel_.width;
+        int64_t       read       = -1;
+        for (int64_t chunk = p_.thread, next; chunk < chunks * panels; chunk = next) {
+            next                 = take_after(chunk);
+            const int64_t column = chunk / chunks * panel_.width, width = std::min(panel_.width, p_.columns - column);
+            if (read != column) {
+                read_activations<W>(panel_, p_.activations + column * p_.activations_stride, p_.activations_stride, width);
+                read = column;
+            }
+            const int64_t first = chunk % chunks * chunk_rows, end = std::min(first + chunk_rows, p_.rows);
+            for (int64_t row = first; row < end; row += kRows) {
+                const int64_t following = row + kRows < end ? row + kRows : next % chunks * chunk_rows;
+                multiply(row, following, column, width);
             }
         }
     }
@@ -200,8 +219,13 @@ template <class W> class Share {
   private:
     static constexpr int kBlockGroups = W::kValues / W::kGroup;
 
-    // One tile times the panel.
-    void multiply(int64_t row, int64_t column, int64_t width) {
+    int64_t take_after(int64_t chunk) const {
+        return p_.threadpool ? take_chunk(p_.threadpool, 1) : chunk + p_.num_threads;
+    }
+
+    // One tile times the panel, while the one at `following` comes from memory.
+    void multiply(int64_t row, int64_t following, int64_t column, int64_t width) {
+        following_ = p_.weights + following * p_.weights_stride;
         const int       count = static_cast<int>(std::min<int64_t>(kRows, p_.rows - row));
         const Rows      rows(p_.weights + row * p_.weights_stride, p_.weights_stride, count);
         const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
@@ -246,9 +270,8 @@ template <class W> class Share {
         }
     }
 
-    // While it unpacks this block it has the same one of the next tile brought from memory.
     void unpack(const Rows & rows, int64_t block, const Tile & tile) {
-        const uint8_t * next = rows.row[0] + kRows * p_.weights_stride + block * kRows * W::kBytes;
+        const uint8_t * next = following_ + block * kRows * W::kBytes;
         for (int line = 0; line < kRows * W::kBytes; line += 64) {
             _mm_prefetch(reinterpret_cast<const char *>(next + line), _MM_HINT_T0);
         }
@@ -258,15 +281,19 @@ template <class W> class Share {
     const Product & p_;
     Panel           panel_;
     Tile            tile_;
+    const uint8_t * following_ = nullptr;
 };
 
 }  // namespace headwater
 
 extern "C" {
 
-// The beginning of ggml-cpu-impl.h's struct.
+// ggml-cpu-impl.h
 struct ggml_compute_params {
-    int ith, nth;
+    int               ith, nth;
+    size_t            wsize;
+    void *            wdata;
+    ggml_threadpool * threadpool;
 };
 
 using Sgemm = bool (*)(const ggml_compute_params *, int64_t, int64_t, int64_t, const void *, int64_t, const void *, int64_t,
@@ -274,8 +301,11 @@ using Sgemm = bool (*)(const ggml_compute_params *, int64_t, int64_t, int64_t, c
 
 static Sgemm llama_cpp_sgemm = nullptr;
 
-// Name llama.cpp's own function, for all other types.
-void headwater_kernels_fall_back_on(Sgemm sgemm) { llama_cpp_sgemm = sgemm; }
+// Name llama.cpp's functions: its own for all other types, and the counter of chunks.
+void headwater_kernels_bind(Sgemm sgemm, headwater::TakeChunk take_chunk) {
+    llama_cpp_sgemm       = sgemm;
+    headwater::take_chunk = take_chunk;
+}
 
 // See llamafile/sgemm.cpp: m rows of A times n columns of B, k blocks each; lda, ldb and ldc are blocks, blocks and floats
 // from one to the next. False means that ggml has to compute it another way.
@@ -287,7 +317,9 @@ bool llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, i
         if (Btype != W::kActivation || Ctype != 0) {
             return false;  // ggml asks first for activations as they are, then for quantized ones
         }
-        const Product product{ params->ith, params->nth, m, n, k * W::kValues,
+        // ggml has set the counter for the first matrix of activations that it has quantized itself, and for no other.
+        const bool    counts = headwater::take_chunk && params->threadpool && B == params->wdata;
+        const Product product{ params->ith, params->nth, counts ? params->threadpool : nullptr, m, n, k * W::kValues,
                                static_cast<const uint8_t *>(A), lda * size_t{ W::kBytes },
                                static_cast<const uint8_t *>(B), ldb * block_bytes, static_cast<float *>(C), ldc };
         Share<W>(product).compute();

@@ -26,9 +26,12 @@ F32 = Type.F32
 
 
 class Params(ctypes.Structure):
-    """The beginning of ggml_compute_params."""
+    """ggml_compute_params: without a pool of threads each takes its share."""
 
-    _fields_ = (("ith", ctypes.c_int), ("nth", ctypes.c_int))
+    _fields_ = (
+        *(("ith", ctypes.c_int), ("nth", ctypes.c_int), ("wsize", ctypes.c_size_t)),
+        *(("wdata", ctypes.c_void_p), ("threadpool", ctypes.c_void_p)),
+    )
 
 
 def bound() -> Callable[..., bool]:
@@ -139,7 +142,7 @@ if has_kernels:
     # what llama.cpp's own function would be asked
     signature = ctypes.CFUNCTYPE(ctypes.c_bool, *[ctypes.c_void_p] * 10, *[ctypes.c_int] * 3)
     note = signature(lambda *arguments: bool(asked.add(arguments[10])))
-    library.load().headwater_kernels_fall_back_on(note)
+    library.load().headwater_kernels_bind(note, None)
 model = Model(Path(sys.argv[1]), num_gpu=0)
 params = lib.llama_context_default_params()
 params.n_ctx, params.flash_attn_type = 64, 0
