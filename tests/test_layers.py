@@ -62,7 +62,10 @@ TABLE = [
     ),
     Row(("engines.llamacpp.quantizer",), ("engines.process", *VOCABULARY)),
     Row(
-        ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.llamacpp.memory"),
+        (
+            *("engines.llamacpp.header", "engines.llamacpp.hparams"),
+            *("engines.llamacpp.layout", "engines.llamacpp.memory"),
+        ),
         ("engines.llamacpp.hparams", "engines.llamacpp.layout", "engines.inference", "engines.store.*", *VOCABULARY),
     ),
     Row(("engines.llamacpp.kernels.*",)),

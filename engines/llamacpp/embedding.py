@@ -30,7 +30,6 @@ import numpy as np
 from engines.errors import (
     BadRequest,
     HeadwaterError,
-    ModelNotFound,
     ModelNotLoaded,
     PromptTooLong,
     ServerBusy,
@@ -41,13 +40,13 @@ from engines.events import Timings, Tokenization, Usage, Vector
 from engines.inference import EngineStats, InferenceBackend, LoadConfig, ModelInfo
 from engines.llamacpp.embedding_context import EmbeddingContext, Vectors
 from engines.llamacpp.embedding_loop import EmbeddingLoop, Job
-from engines.llamacpp.hparams import read_hyperparameters
+from engines.llamacpp.header import read_whole_header, suits_kernels
 from engines.llamacpp.model import Model, rerank_joints
 from engines.llamacpp.pairs import Pair, PairBuilder
 from engines.llamacpp.threads import Threads
 from engines.llamacpp.tokenization import tokenization
 from engines.request import EmbedRequest, GenerateRequest, Mode, Priority, RerankRequest, TokenizeRequest
-from engines.store.gguf import GGUFHeader, Pooling, read_header
+from engines.store.gguf import GGUFHeader, Pooling
 
 T = TypeVar("T")
 
@@ -87,7 +86,7 @@ class EmbeddingEngine(InferenceBackend):
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Load a GGUF. The file is checked before a model that is already loaded is given up."""
         async with self._loading:
-            header = await asyncio.to_thread(_read_header, model_path, config.parts)
+            header = await asyncio.to_thread(read_whole_header, model_path, config.parts)
             await self._unload()
             self._progress = 0.0
             model = await asyncio.to_thread(self._load, model_path, header, config)
@@ -104,7 +103,7 @@ class EmbeddingEngine(InferenceBackend):
             path,
             parts=config.parts,
             adapters=config.adapters,
-            has_experts=read_hyperparameters(header).has_experts,
+            suits_kernels=suits_kernels(header),
             num_gpu=config.gpu_layers,
             main_gpu=config.gpu_ids[0] if config.gpu_ids else None,
             tensor_split=config.tensor_split,
@@ -363,17 +362,6 @@ class JobComputation(Generic[T]):
         if not self._ended.done():
             self._engine.cancel(self.job)
             await asyncio.shield(self._ended)
-
-
-def _read_header(path: Path, parts: tuple[str, ...]) -> GGUFHeader:
-    """Refuses what is no GGUF before llama.cpp sees it, whose own checks abort the process now and then."""
-    for part in map(Path, parts or (path,)):
-        if not part.is_file():
-            raise ModelNotFound(part.name)
-        read_header(part, arrays=False)
-    header = read_header(path, arrays=False)
-    read_hyperparameters(header)
-    return header
 
 
 def _window(asked: int | None, trained: int) -> int:

@@ -25,7 +25,6 @@ from engines.chat.prompt import Prompt, PromptBuilder
 from engines.errors import (
     BadRequest,
     HeadwaterError,
-    ModelNotFound,
     ModelNotLoaded,
     ServerBusy,
     UnsupportedFeature,
@@ -37,7 +36,7 @@ from engines.llamacpp.constraints import ConstrainedChooser, Grammars
 from engines.llamacpp.context import Context
 from engines.llamacpp.detokenize import TextStream
 from engines.llamacpp.generation import LlamaCppGeneration
-from engines.llamacpp.hparams import Hyperparameters, read_hyperparameters
+from engines.llamacpp.header import read_whole_header, suits_kernels
 from engines.llamacpp.layout import lay_out
 from engines.llamacpp.loop import EngineLoop, Output
 from engines.llamacpp.model import Model, version
@@ -49,7 +48,7 @@ from engines.llamacpp.shelf import Disk, Shelf, fingerprint
 from engines.llamacpp.threads import Threads
 from engines.llamacpp.tokenization import tokenization
 from engines.request import GenerateRequest, Sampling, TokenizeRequest
-from engines.store.gguf import read_header
+from engines.store.gguf import GGUFHeader
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +111,10 @@ class LlamaCppEngine(InferenceBackend):
     async def load(self, model_path: Path, config: LoadConfig = LoadConfig()) -> None:
         """Load a GGUF. The file is checked before a model that is already loaded is given up."""
         async with self._loading:
-            shape = await asyncio.to_thread(_read_shape, model_path, config.parts)
+            header = await asyncio.to_thread(read_whole_header, model_path, config.parts)
             await self._unload()
             self._progress = 0.0
-            model = await asyncio.to_thread(self._load, model_path, shape, config)
+            model = await asyncio.to_thread(self._load, model_path, header, config)
             self._events = asyncio.get_running_loop()
             self._loop = EngineLoop(
                 self._context,
@@ -128,18 +127,19 @@ class LlamaCppEngine(InferenceBackend):
                 shelf=self._shelf,
             )
             self._loop.start()
-            self.model_path, self.config, self._model, self._failure = model_path, config, model, None
+            self.model_path, self.config, self._header = model_path, config, header
+            self._model, self._failure = model, None
 
     def _note_progress(self, fraction: float) -> None:
         """From the thread that loads."""
         self._progress = fraction
 
-    def _load(self, path: Path, shape: Hyperparameters, config: LoadConfig) -> Model:
+    def _load(self, path: Path, header: GGUFHeader, config: LoadConfig) -> Model:
         model = Model(
             path,
             parts=config.parts,
             adapters=config.adapters,
-            has_experts=shape.has_experts,
+            suits_kernels=suits_kernels(header),
             num_gpu=config.gpu_layers,
             main_gpu=config.gpu_ids[0] if config.gpu_ids else None,
             tensor_split=config.tensor_split,
@@ -211,11 +211,10 @@ class LlamaCppEngine(InferenceBackend):
         """What is loaded."""
         if self._model is None or self.model_path is None:
             return None
-        header = read_header(self.model_path)
         return ModelInfo(
             name=self.model_path.stem,
             size=self.model_path.stat().st_size,
-            quantization=header.file_type,
+            quantization=self._header.file_type,
             parameters=str(self._model.num_parameters),
         )
 
@@ -391,16 +390,6 @@ class LlamaCppEngine(InferenceBackend):
         for generation in set(self._generations.values()):
             generation.fail(error)
         self._generations.clear()
-
-
-def _read_shape(path: Path, parts: tuple[str, ...]) -> Hyperparameters:
-    """Refuse what is no GGUF before llama.cpp sees it, whose own checks abort the process now and then."""
-    files = [Path(part) for part in parts] or [path]
-    for file in files:
-        if not file.is_file():
-            raise ModelNotFound(file.name)
-    headers = {file: read_header(file, arrays=False) for file in files}
-    return read_hyperparameters(headers[path])
 
 
 def _open_disk(path: Path, config: LoadConfig) -> Disk | None:

@@ -40,7 +40,7 @@ class Model:
         *,
         parts: Sequence[str] = (),
         adapters: Sequence[str] = (),
-        has_experts: bool = False,
+        suits_kernels: bool = True,
         num_gpu: int = -1,
         main_gpu: int | None = None,
         tensor_split: Sequence[float] = (),
@@ -59,9 +59,7 @@ class Model:
             self._split = (ctypes.c_float * lib.LLAMA_MAX_DEVICES)(*shares)  # kept: C holds the pointer
             params.tensor_split = self._split
         params.load_mode = _load_mode(use_mmap, use_mlock=use_mlock)
-        if (
-            has_kernels and not has_experts
-        ):  # of experts llama.cpp chooses the rows itself, and does not ask for products
+        if has_kernels and suits_kernels:
             params.use_extra_bufts = False  # weights as they are in the file, which the kernels read
             os.environ["GGML_CPU_TILED_MM"] = "0"  # ggml-cpu/tiled: llama.cpp's other way of multiplying wide batches
         self._progress = lib.llama_progress_callback(_progress_to(on_progress))  # kept: C holds the pointer

@@ -16,7 +16,10 @@ from gguf import quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.llamacpp.header import suits_kernels
 from engines.llamacpp.kernels import library
+from engines.model import TensorInfo
+from engines.store.gguf import GGUFHeader
 
 needs_kernels = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 
@@ -134,7 +137,10 @@ import ctypes, json, sys
 from pathlib import Path
 from engines.llamacpp.capi import has_kernels, lib
 from engines.llamacpp.context import Context
+from engines.llamacpp.header import suits_kernels
 from engines.llamacpp.kernels import library
+from engines.model import TensorInfo
+from engines.store.gguf import GGUFHeader
 from engines.llamacpp.model import Model
 import numpy as np
 asked = set()
@@ -191,3 +197,21 @@ def test_processor_without_the_instructions_is_told_apart(monkeypatch: pytest.Mo
     """It would end with SIGILL."""
     monkeypatch.setattr(library, "FEATURES", frozenset({"avx1024"}))
     assert library.why_not() == "the processor lacks avx1024"
+
+
+@pytest.mark.parametrize(
+    ("types", "experts", "suits"),
+    [
+        (("Q4_K", "Q6_K", "F32"), 0, True),
+        (("Q8_0", "Q5_0", "F16"), 0, True),
+        (("Q3_K", "Q4_K", "F32"), 0, False),
+        (("Q4_0", "IQ4_NL"), 0, False),
+        (("Q4_K", "F32"), 8, False),
+    ],
+)
+def test_models_that_llama_cpp_has_more_for_are_left_to_it(types: tuple[str, ...], experts: int, suits: bool) -> None:
+    """Experts, and types that it repacks or tiles and that the kernels do not know."""
+    shape = {"block_count": 1, "embedding_length": 64, "attention.head_count": 1, "expert_count": experts}
+    metadata = {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in shape.items()}
+    tensors = tuple(TensorInfo(f"blk.0.{i}", kind, (64, 64)) for i, kind in enumerate(types))
+    assert suits_kernels(GGUFHeader(3, metadata, tensors, 0)) is suits
