@@ -245,7 +245,7 @@ class Scheduler:
         """
         batch = Batch()
         self._make_room(batch)
-        decoding = self._decoding()
+        decoding = self._decoding(now)
         batch.slices = [Slice(sequence, 1) for sequence in decoding]
         budget = self._budget(decoding)
         begun = sorted((s for s in self.running if s.num_pending > 1), key=lambda s: s.priority.rank)
@@ -270,7 +270,7 @@ class Scheduler:
         best = min(sequence.priority.rank for sequence in decoding)
         return Budget(min(most, self.busy_prefill), min(most, self.steady_prefill), MAX_MEASURED, best)
 
-    def _decoding(self) -> list[Sequence]:
+    def _decoding(self, now: float) -> list[Sequence]:
         """Who decodes in the next step.
 
         While somebody reads along, as many of the class `batch` do as there are readers, and at least one: every
@@ -279,7 +279,7 @@ class Scheduler:
         """
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         num_readers = sum(sequence.priority is Priority.INTERACTIVE for sequence in decoding)
-        batch = [sequence for sequence in decoding if sequence.priority is Priority.BATCH]
+        batch = [sequence for sequence in decoding if _rank(sequence, now) == _BATCH]
         if not num_readers or len(batch) <= num_readers:
             return decoding
         resting = set(

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engines.llamacpp.batch import Batch, Change, Clear, Copy, Restore, Swap, Trim
 from engines.llamacpp.detokenize import TextStream
 from engines.llamacpp.kvcache import Tokens, common_prefix
-from engines.llamacpp.scheduler import Scheduler
+from engines.llamacpp.scheduler import AGEING_S, Scheduler
 from engines.llamacpp.sequence import Sequence
 from engines.request import Priority
 
@@ -373,6 +373,17 @@ def test_batch_work_takes_turns_beside_a_reader() -> None:
     assert set(seen) == set(batch)
     machine.remove(reader)
     assert len(shape(step(machine))) == 3
+
+
+def test_batch_work_that_has_aged_rests_no_more() -> None:
+    """It counts as normal wherever classes are compared, so a place that it was given is used."""
+    machine = scheduler()
+    batch = [asking([3 + i], priority=Priority.BATCH) for i in range(3)]
+    for each in (asking([1, 2], priority=Priority.INTERACTIVE), *batch):
+        machine.add(each)
+    step(machine)
+    assert len(machine.next_batch(now=1.0).slices) == 2
+    assert len(machine.next_batch(now=2 * AGEING_S).slices) == 4
 
 
 def test_batch_work_is_displaced_by_who_needs_its_cells() -> None:
