@@ -11,7 +11,7 @@ serve: $(VENV)/.serve
 	@$(BIN)/headwater serve
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
