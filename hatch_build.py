@@ -19,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 KERNELS = Path("engines/llamacpp/kernels")
 LIBRARY = KERNELS / "libheadwater_kernels.so"
 FLAGS = [
-    *("-std=c++20", "-O3", "-shared", "-fPIC", "-w"),
+    *("-std=c++20", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-w"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 ]
 

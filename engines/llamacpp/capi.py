@@ -31,10 +31,7 @@ def _load() -> Any:
 
 _kernels = None if "llama_cpp" in sys.modules else kernels.load()
 lib = _load()
-if _kernels is not None:
-    kernels.bind(_kernels, Path(lib.__file__).parent / "lib")
-
-has_kernels = _kernels is not None
+has_kernels = _kernels is not None and kernels.bind(_kernels, Path(lib.__file__).parent / "lib")
 """Whether llama.cpp calls our kernels."""
 
 _WARN = 3  # ggml.h ggml_log_level: 1 debug, 2 info, 3 warn, 4 error, 5 continues the line before

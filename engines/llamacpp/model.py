@@ -61,7 +61,7 @@ class Model:
         params.load_mode = _load_mode(use_mmap, use_mlock=use_mlock)
         if has_kernels and suits_kernels:
             params.use_extra_bufts = False  # weights as they are in the file, which the kernels read
-            os.environ["GGML_CPU_TILED_MM"] = "0"  # ggml-cpu/tiled: llama.cpp's other way of multiplying wide batches
+            os.environ.setdefault("GGML_CPU_TILED_MM", "0")  # llama.cpp's other way with wide batches
         self._progress = lib.llama_progress_callback(_progress_to(on_progress))  # kept: C holds the pointer
         params.progress_callback = self._progress
         if parts:

@@ -41,7 +41,7 @@ class Scratch {
             size_ = 0;
             data_ = std::aligned_alloc(64, bytes);
             if (!data_) {
-                throw std::bad_alloc();  // leaves C through ggml's threads, which ends the process as ggml's own does
+                throw std::bad_alloc();  // ends the process, as ggml's own failures do: nobody above could go on
             }
             size_ = bytes;
         }
@@ -52,6 +52,16 @@ class Scratch {
     void * data_ = nullptr;
     size_t size_ = 0;
 };
+
+// What a thread computes with, whatever the types.
+struct Buffers {
+    Scratch values, scales, starts, sums, tile_values, tile_scales, tile_minima;
+};
+
+static Buffers & buffers() {
+    static thread_local Buffers buffers;
+    return buffers;
+}
 
 // Some columns of activations: signed bytes, and of each group of values its scale and its sum.
 struct Panel {
@@ -182,25 +192,26 @@ struct Product {
 template <class W> class Share {
   public:
     explicit Share(const Product & product) : p_(product) {
-        static thread_local Scratch values, scales, starts, sums, tile_values, tile_scales, tile_minima;
-
+        Buffers &     memory = buffers();
         const int64_t groups = p_.depth / W::kGroup, stride = p_.depth + 64;
         const int64_t fitting = static_cast<int64_t>(kPanelBytes) / (stride + 12 * groups) / kColumns * kColumns;
         const int64_t width   = std::min(p_.columns, std::max<int64_t>(fitting, kColumns));
-        panel_ = { values.reserve<int8_t>(width * stride), scales.reserve<float>(width * groups),
-                   starts.reserve<int32_t>(width * groups), sums.reserve<float>(width * groups), stride, groups, width };
-        tile_  = { tile_values.reserve<__m512i>(p_.depth / 4), tile_scales.reserve<__m512>(groups),
-                   tile_minima.reserve<__m512>(groups) };
+        panel_ = { memory.values.reserve<int8_t>(width * stride), memory.scales.reserve<float>(width * groups),
+                   memory.starts.reserve<int32_t>(width * groups), memory.sums.reserve<float>(width * groups),
+                   stride, groups, width };
+        tile_  = { memory.tile_values.reserve<__m512i>(p_.depth / 4), memory.tile_scales.reserve<__m512>(groups),
+                   memory.tile_minima.reserve<__m512>(groups) };
     }
 
     // Chunks of rows, panel by panel. They are taken one by one, so a thread that loses its core for a while holds up the
     // others by one chunk at most; one is taken ahead, for its first rows to be brought from memory.
     void compute() {
-        const int64_t tile_bytes = kRows * p_.depth / W::kValues * W::kBytes;
-        const int64_t chunk_rows = kRows * std::max<int64_t>(1, kChunkBytes / tile_bytes);
-        const int64_t chunks     = (p_.rows + chunk_rows - 1) / chunk_rows;
-        const int64_t panels     = (p_.columns + panel_.width - 1) / panel_.width;
-        int64_t       read       = -1;
+        const int64_t tiles       = (p_.rows + kRows - 1) / kRows;
+        const int64_t panels      = (p_.columns + panel_.width - 1) / panel_.width;
+        const int64_t chunk_tiles = std::max<int64_t>(1, std::min(tiles_at_once(), tiles * panels / fair_parts()));
+        const int64_t chunk_rows  = chunk_tiles * kRows;
+        const int64_t chunks      = (tiles + chunk_tiles - 1) / chunk_tiles;
+        int64_t       read        = -1;
         for (int64_t chunk = p_.thread, next; chunk < chunks * panels; chunk = next) {
             next                 = take_after(chunk);
             const int64_t column = chunk / chunks * panel_.width, width = std::min(panel_.width, p_.columns - column);
@@ -218,6 +229,11 @@ template <class W> class Share {
 
   private:
     static constexpr int kBlockGroups = W::kValues / W::kGroup;
+
+    int64_t tiles_at_once() const { return kChunkBytes / (kRows * p_.depth / W::kValues * W::kBytes); }
+
+    // Few chunks would leave threads without any. Taken one by one, there should be some for each to even out delays.
+    int64_t fair_parts() const { return p_.threadpool ? 4 * p_.num_threads : p_.num_threads; }
 
     int64_t take_after(int64_t chunk) const {
         return p_.threadpool ? take_chunk(p_.threadpool, 1) : chunk + p_.num_threads;
@@ -302,19 +318,19 @@ using Sgemm = bool (*)(const ggml_compute_params *, int64_t, int64_t, int64_t, c
 static Sgemm llama_cpp_sgemm = nullptr;
 
 // Name llama.cpp's functions: its own for all other types, and the counter of chunks.
-void headwater_kernels_bind(Sgemm sgemm, headwater::TakeChunk take_chunk) {
+[[gnu::visibility("default")]] void headwater_kernels_bind(Sgemm sgemm, headwater::TakeChunk take_chunk) {
     llama_cpp_sgemm       = sgemm;
     headwater::take_chunk = take_chunk;
 }
 
 // See llamafile/sgemm.cpp: m rows of A times n columns of B, k blocks each; lda, ldb and ldc are blocks, blocks and floats
 // from one to the next. False means that ggml has to compute it another way.
-bool llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * A, int64_t lda,
-                     const void * B, int64_t ldb, void * C, int64_t ldc, int Atype, int Btype, int Ctype) {
+[[gnu::visibility("default")]] bool llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * A, int64_t lda,
+                     const void * B, int64_t ldb, void * C, int64_t ldc, int Atype, int Btype, int Ctype) noexcept {
     using namespace headwater;
     const auto ours = [&]<class W>(W) {
         constexpr size_t block_bytes = W::kActivation == kQ8_0 ? 34 : 292;
-        if (Btype != W::kActivation || Ctype != 0) {
+        if (Btype != W::kActivation || Ctype != 0 || m < 1 || n < 1 || k < 1) {
             return false;  // ggml asks first for activations as they are, then for quantized ones
         }
         // ggml has set the counter for the first matrix of activations that it has quantized itself, and for no other.

@@ -185,6 +185,60 @@ def test_llama_cpp_computes_with_them() -> None:
     assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
 
 
+@needs_kernels
+@pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("num_threads", [2, 8, 16])
+def test_no_thread_is_idle_while_there_are_rows_for_it(kind: Type, num_threads: int) -> None:
+    """Small matrices, such as those of K and V, are shared by many threads as well."""
+    random, (values, size) = np.random.default_rng(1), gguf.GGML_QUANT_SIZES[kind]
+    of_activations = Type.Q8_0 if values == 32 else Type.Q8_K
+    weights, _ = random_weights(kind, 256, 256 // values, random)
+    activations, _ = random_activations(of_activations, 1, 256, random)
+    shares = []
+    for thread in range(num_threads):
+        out = np.full((1, 256), np.nan, np.float32)
+        arguments = (weights.ctypes.data, weights.shape[1] // size, activations.ctypes.data, 1, out.ctypes.data)
+        bound()(Params(thread, num_threads), 256, 1, 256 // values, *arguments, 256, kind, of_activations, F32)
+        shares.append(np.count_nonzero(~np.isnan(out)))
+    assert shares == [256 // num_threads] * num_threads
+
+
+@needs_kernels
+def test_a_library_that_cannot_be_loaded_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was compiled elsewhere, say: the model is served all the same, and the log says what is wrong."""
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libheadwater_kernels.so")
+    library.LIBRARY.write_bytes(b"no library")
+    library.load.cache_clear()
+    try:
+        assert library.load() is None
+    finally:
+        library.load.cache_clear()
+    assert "cannot be loaded" in caplog.text
+
+
+@needs_kernels
+def test_a_llama_cpp_without_the_function_is_not_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It was built in another way."""
+    assert not library.bind(ctypes.CDLL(str(library.LIBRARY)), tmp_path)
+    assert "built in another way" in caplog.text
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("HEADWATER_KERNELS", "0", "HEADWATER_KERNELS turns them off"),
+        ("LLAMA_CPP_LIB_PATH", "/opt/llama", "LLAMA_CPP_LIB_PATH names another llama.cpp"),
+    ],
+)
+def test_environment_can_rule_them_out(monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str) -> None:
+    """By intent, or because another library is loaded than the one they were tried with."""
+    monkeypatch.setenv(name, value)
+    assert library.why_not().startswith(reason)
+
+
 def test_kernels_are_for_the_llama_cpp_that_they_were_tried_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another may call its function in another way."""
     monkeypatch.setattr(library, "TRIED", "0.0.1")
