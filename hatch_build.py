@@ -24,7 +24,7 @@ FLAGS = [
 ]
 
 
-class KernelsHook(BuildHookInterface):  # type: ignore[misc, type-arg, unused-ignore]  # not installed where types are checked
+class KernelsHook(BuildHookInterface):
     """Adds the library to the package, wherever it can be made."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

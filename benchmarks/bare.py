@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from engines.llamacpp.kernels import library
 
@@ -63,31 +64,13 @@ def run_bare(options: BareOptions, *, kernels: bool = True) -> BareRates:
 def measure(options: BareOptions) -> BareRates:
     """Measure in this process."""
     kernels = library.load()
-    if kernels is not None:
-        os.environ["GGML_CPU_TILED_MM"] = "0"
     import llama_cpp as lib  # noqa: PLC0415  # whoever imports this module must not load llama.cpp
     import numpy as np  # noqa: PLC0415  # as above, to keep the two together
 
-    silent = lib.llama_log_callback(lambda *_: None)
+    silent = lib.llama_log_callback(lambda *_: None)  # kept: C holds the pointer
     lib.llama_log_set(silent, ctypes.c_void_p(0))
-    lib.llama_backend_init()
-    if kernels is not None:
-        library.bind(kernels, Path(lib.__file__).parent / "lib")
-    how = lib.llama_model_default_params()
-    how.use_extra_bufts = kernels is None
-    model = lib.llama_model_load_from_file(os.fsencode(options.model), how)
-    params = lib.llama_context_default_params()
-    params.n_ctx = options.num_cells
-    params.n_batch = options.num_batch
-    params.n_ubatch = min(options.num_batch, 128)
-    params.flash_attn_type = 0  # as fast as llama.cpp can on a processor: see engines.llamacpp.backend
-    params.n_seq_max = params.n_outputs_max = options.num_sequences
-    params.n_threads = params.n_threads_batch = options.num_threads or len(os.sched_getaffinity(0))
-    params.kv_unified = False
-    params.no_perf = True
-    context = lib.llama_init_from_model(model, params)
-    if not context:
-        raise SystemExit("llama.cpp could not create a context")
+    has_kernels = kernels is not None and library.bind(kernels, Path(lib.__file__).parent / "lib")
+    model, context = _load(lib, options, has_kernels=has_kernels)
     num_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
     batch = lib.llama_batch_init(options.num_batch, 0, 1)
 
@@ -121,6 +104,29 @@ def measure(options: BareOptions) -> BareRates:
         prefill_tps=len(entries) / (prefilled - started),
         decode_tps=options.sequences * (options.tokens - 1) / (ended - prefilled),
     )
+
+
+def _load(lib: Any, options: BareOptions, *, has_kernels: bool) -> tuple[Any, Any]:
+    """A model and a context; weights are repacked, and wide batches tiled, where the kernels do not compute."""
+    lib.llama_backend_init()
+    if has_kernels:
+        os.environ["GGML_CPU_TILED_MM"] = "0"
+    how = lib.llama_model_default_params()
+    how.use_extra_bufts = not has_kernels
+    model = lib.llama_model_load_from_file(os.fsencode(options.model), how)
+    params = lib.llama_context_default_params()
+    params.n_ctx = options.num_cells
+    params.n_batch = options.num_batch
+    params.n_ubatch = min(options.num_batch, 128)
+    params.flash_attn_type = 0  # as fast as llama.cpp can on a processor: see engines.llamacpp.backend
+    params.n_seq_max = params.n_outputs_max = options.num_sequences
+    params.n_threads = params.n_threads_batch = options.num_threads or len(os.sched_getaffinity(0))
+    params.kv_unified = False
+    params.no_perf = True
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise SystemExit("llama.cpp could not create a context")
+    return model, context
 
 
 def main() -> None:

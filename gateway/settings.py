@@ -66,9 +66,8 @@ class Settings:
             at most, whatever a request says. pinned_options: what requests cannot choose (`gateway.policy`).
         go_templates: which of two templates of a model is used; None leaves it to them.
         flash_attention: None lets the engine choose. cache_type: of the K and V that are kept. use_mlock: keep weights
-            from being swapped out. use_kernels: our own for matrix products, where the processor has what they need;
-            workers read it from their environment. tensor_split: shares of each GPU. memory_limit_bytes: of all models
-            together, 0 lets the machine decide.
+            from being swapped out. tensor_split: shares of each GPU. memory_limit_bytes: of all models together, 0 lets
+            the machine decide.
         prefill_slowdown: how many times longer a step may take for those who are being answered when a prompt is read
             beside them. prefix_memory_bytes, prefix_disk_bytes: what prefixes of prompts may take
             outside the KV cache, of each worker in memory and of all on the disk, 0 for nothing.
@@ -99,7 +98,6 @@ class Settings:
     flash_attention: bool | None
     cache_type: str
     use_mlock: bool
-    use_kernels: bool
     tensor_split: tuple[float, ...]
     memory_limit_bytes: int
     prefill_slowdown: float
@@ -159,7 +157,6 @@ class Settings:
             flash_attention=flash_attention,
             cache_type=read("OLLAMA_KV_CACHE_TYPE", "f16", partial(_cache_type, flash_attention), CACHE_TYPES_ACCEPTED),
             use_mlock=read("HEADWATER_MLOCK", "0", _flag, "true or false"),
-            use_kernels=read("HEADWATER_KERNELS", "1", _flag, "true or false"),
             tensor_split=read("HEADWATER_TENSOR_SPLIT", "", _shares, "a comma-separated list of shares, such as 3,1"),
             memory_limit_bytes=read(
                 "HEADWATER_MEMORY_LIMIT", "0", _size, "a number of bytes such as 12GiB, 0 to choose"

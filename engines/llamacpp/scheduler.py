@@ -275,7 +275,7 @@ class Scheduler:
 
         While somebody reads along, as many of the class `batch` do as there are readers, and at least one: every
         sequence more makes the step longer for all. In one pool they take turns; in streams, where changing places is
-        work, the oldest go first.
+        work, the oldest go first. What has aged is of that class no more.
         """
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         num_readers = sum(sequence.priority is Priority.INTERACTIVE for sequence in decoding)

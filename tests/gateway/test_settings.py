@@ -97,7 +97,6 @@ VALID: list[tuple[str, str, str, Any]] = [
     ("OLLAMA_FLASH_ATTENTION", "false", "flash_attention", False),
     ("OLLAMA_KV_CACHE_TYPE", "Q8_0", "cache_type", "q8_0"),
     ("HEADWATER_MLOCK", "1", "use_mlock", True),
-    ("HEADWATER_KERNELS", "0", "use_kernels", False),
     ("HEADWATER_TENSOR_SPLIT", "3, 1.5", "tensor_split", (3.0, 1.5)),
     ("HEADWATER_MEMORY_LIMIT", "12GiB", "memory_limit_bytes", 12 << 30),
     ("HEADWATER_MEMORY_LIMIT", "1.5g", "memory_limit_bytes", 3 << 29),

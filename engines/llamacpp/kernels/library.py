@@ -37,7 +37,7 @@ def why_not() -> str:
     if "amx_int8" in _features():
         return "the processor has AMX, for which llama.cpp has kernels of its own"
     if not LIBRARY.is_file():
-        return "they were not compiled: no C++20 compiler was found at the installation"
+        return "they were not compiled at the installation: is there a C++20 compiler?"
     if (version := importlib.metadata.version("llama-cpp-python")) != TRIED:
         return f"llama-cpp-python is {version}, and they are known to fit {TRIED}"
     if os.environ.get("LLAMA_CPP_LIB_PATH"):

@@ -1,12 +1,13 @@
 // Products of quantized weights and activations, for processors with AVX-512 VNNI.
 //
-// ggml asks `llamafile_sgemm` for every product of a weight matrix with what flows through the model, each of its threads
-// for its share (ggml-cpu.c, ggml_compute_forward_mul_mat). This library has a function of that name; loaded first, it is
-// the one that gets asked. Types that it does not know go to llama.cpp's own.
+// ggml asks `llamafile_sgemm` for every product of a weight matrix with what flows through the model, each of its
+// threads for its share (ggml-cpu.c, ggml_compute_forward_mul_mat). This library has a function of that name; loaded
+// first, it is the one that gets asked. Types that it does not know go to llama.cpp's own.
 //
-// ggml's kernels keep the 32 values of a block side by side in a register: each product is followed by a sum over lanes,
-// by scales for 8 lanes only, and the processor's wide registers stay half empty. Here 16 rows lie side by side (weights.h),
-// once for all columns, so a lane sums up its own row and 512 products take 8 instructions and one more for the scale.
+// ggml's kernels keep the 32 values of a block side by side in a register: each product is followed by a sum over
+// lanes, by scales for 8 lanes only, and the processor's wide registers stay half empty. Here 16 rows lie side by side
+// (weights.h), once for all columns, so a lane sums up its own row: 512 products take 8 instructions, and 3 more to be
+// scaled.
 //
 // A column's result does not depend on which other columns it is computed with.
 
@@ -69,7 +70,7 @@ struct Panel {
     float *   scales;  // (groups, width)
     int32_t * starts;  // (groups, width): what a sum of products begins with, to take the weights' zero out
     float *   sums;    // (groups, width): scale * sum, which the weights' minima are multiplied with
-    int64_t   stride;  // the depth and a cache line more: columns a power of two apart would fall into the same cache sets
+    int64_t   stride;  // the depth and a cache line more: a power of two would put all columns into the same cache sets
     int64_t   groups, width;
 };
 
@@ -82,16 +83,16 @@ inline int32_t sum_of_bytes(const int8_t * values, int count) {
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-// Read the columns `first` to `first + count` of the activations into a panel.
+// Read `count` columns of activations, `stride` bytes apart, into a panel.
 template <class W>
 void read_activations(const Panel & panel, const uint8_t * columns, size_t stride, int64_t count) {
-    constexpr bool    is_small = W::kActivation == kQ8_0;  // else Q8_K: a float, 256 values, and sums that are not needed
-    constexpr int     block_values = is_small ? 32 : 256, block_bytes = is_small ? 34 : 292, header = is_small ? 2 : 4;
-    constexpr int     groups = block_values / W::kGroup;
+    constexpr bool is_small     = W::kActivation == kQ8_0;
+    constexpr int  block_values = is_small ? 32 : 256, header = is_small ? 2 : 4;
+    constexpr int  groups       = block_values / W::kGroup;
     for (int64_t column = 0; column < count; column++) {
         const uint8_t * block = columns + column * stride;
         int8_t *        values = panel.values + column * panel.stride;
-        for (int64_t at = column; at < panel.groups * panel.width; block += block_bytes) {
+        for (int64_t at = column; at < panel.groups * panel.width; block += activation_bytes(W::kActivation)) {
             float scale;
             if constexpr (is_small) {
                 uint16_t half;
@@ -177,15 +178,15 @@ static TakeChunk take_chunk = nullptr;
 
 // What ggml asks for: out[n][m] = weights[m] . activations[n]. Strides are in bytes, that of `out` in floats.
 struct Product {
-    int             thread, num_threads;
+    int               thread, num_threads;
     ggml_threadpool * threadpool;  // counts the chunks that are taken; null where each thread takes its share
-    int64_t         rows, columns, depth;
-    const uint8_t * weights;
-    size_t          weights_stride;
-    const uint8_t * activations;
-    size_t          activations_stride;
-    float *         out;
-    int64_t         out_stride;
+    int64_t           rows, columns, depth;
+    const uint8_t *   weights;
+    size_t            weights_stride;
+    const uint8_t *   activations;
+    size_t            activations_stride;
+    float *           out;
+    int64_t           out_stride;
 };
 
 // One thread's share of a product, for one type of weights.
@@ -203,8 +204,8 @@ template <class W> class Share {
                    memory.tile_minima.reserve<__m512>(groups) };
     }
 
-    // Chunks of rows, panel by panel. They are taken one by one, so a thread that loses its core for a while holds up the
-    // others by one chunk at most; one is taken ahead, for its first rows to be brought from memory.
+    // Chunks of rows, panel by panel. They are taken one by one, so a thread that loses its core for a while holds up
+    // the others by one chunk at most; one is taken ahead, for its first rows to be brought from memory.
     void compute() {
         const int64_t tiles       = (p_.rows + kRows - 1) / kRows;
         const int64_t panels      = (p_.columns + panel_.width - 1) / panel_.width;
@@ -312,32 +313,42 @@ struct ggml_compute_params {
     ggml_threadpool * threadpool;
 };
 
-using Sgemm = bool (*)(const ggml_compute_params *, int64_t, int64_t, int64_t, const void *, int64_t, const void *, int64_t,
-                       void *, int64_t, int, int, int);
+using Sgemm = bool (*)(const ggml_compute_params *, int64_t, int64_t, int64_t, const void *, int64_t, const void *,
+                       int64_t, void *, int64_t, int, int, int);
 
 static Sgemm llama_cpp_sgemm = nullptr;
 
 // Name llama.cpp's functions: its own for all other types, and the counter of chunks.
-[[gnu::visibility("default")]] void headwater_kernels_bind(Sgemm sgemm, headwater::TakeChunk take_chunk) {
+[[gnu::visibility("default")]]
+void headwater_kernels_bind(Sgemm sgemm, headwater::TakeChunk take_chunk) {
     llama_cpp_sgemm       = sgemm;
     headwater::take_chunk = take_chunk;
 }
 
-// See llamafile/sgemm.cpp: m rows of A times n columns of B, k blocks each; lda, ldb and ldc are blocks, blocks and floats
-// from one to the next. False means that ggml has to compute it another way.
-[[gnu::visibility("default")]] bool llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * A, int64_t lda,
+// See llamafile/sgemm.cpp: m rows of A times n columns of B, k blocks each; lda, ldb and ldc are blocks, blocks and
+// floats from one to the next. False means that ggml has to compute it another way.
+[[gnu::visibility("default")]]
+bool llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * A, int64_t lda,
                      const void * B, int64_t ldb, void * C, int64_t ldc, int Atype, int Btype, int Ctype) noexcept {
     using namespace headwater;
     const auto ours = [&]<class W>(W) {
-        constexpr size_t block_bytes = W::kActivation == kQ8_0 ? 34 : 292;
         if (Btype != W::kActivation || Ctype != 0 || m < 1 || n < 1 || k < 1) {
             return false;  // ggml asks first for activations as they are, then for quantized ones
         }
         // ggml has set the counter for the first matrix of activations that it has quantized itself, and for no other.
         const bool    counts = headwater::take_chunk && params->threadpool && B == params->wdata;
-        const Product product{ params->ith, params->nth, counts ? params->threadpool : nullptr, m, n, k * W::kValues,
-                               static_cast<const uint8_t *>(A), lda * size_t{ W::kBytes },
-                               static_cast<const uint8_t *>(B), ldb * block_bytes, static_cast<float *>(C), ldc };
+        const Product product{ params->ith,
+                               params->nth,
+                               counts ? params->threadpool : nullptr,
+                               m,
+                               n,
+                               k * W::kValues,
+                               static_cast<const uint8_t *>(A),
+                               lda * size_t{ W::kBytes },
+                               static_cast<const uint8_t *>(B),
+                               ldb * size_t{ activation_bytes(W::kActivation) },
+                               static_cast<float *>(C),
+                               ldc };
         Share<W>(product).compute();
         return true;
     };

@@ -1,8 +1,8 @@
 // How the rows of each weight type are laid out in a tile: 16 rows side by side, one in each 32-bit lane of a register.
 //
-// A tile holds unsigned bytes, so that the processor's product of unsigned and signed bytes fits; what was added to make
-// them so is the type's `zero`. Layouts of the blocks: ggml-common.h of llama.cpp. Values of a block are in order here:
-// register q of a tile has the values 4q to 4q+3 of all rows.
+// A tile holds unsigned bytes, so that the processor's product of unsigned and signed bytes fits; what was added to
+// make them so is the type's `zero`. Layouts of the blocks: ggml-common.h of llama.cpp. Values of a block are in order
+// here: register q of a tile has the values 4q to 4q+3 of all rows.
 #pragma once
 
 #include <immintrin.h>
@@ -96,6 +96,9 @@ inline __m512 signed_byte(__m512i words, int i) {
 //   unpack      one block of 16 rows: kValues / 4 registers of values, kValues / kGroup of scales, and of minima if any
 
 enum Activation : int { kQ8_0 = 8, kQ8_K = 15 };  // ggml.h ggml_type
+
+// Q8_0: a half-precision scale and 32 values. Q8_K: a float, 256 values, and sums of them.
+constexpr int activation_bytes(Activation kind) { return kind == kQ8_0 ? 34 : 292; }
 
 struct Q8_0 {
     static constexpr int        kValues = 32, kBytes = 34, kGroup = 32, kZero = 128;
@@ -193,7 +196,8 @@ struct Q6_K {
     static constexpr Activation kActivation = kQ8_K;
 
     static void unpack(const Rows & rows, size_t at, __m512i * values, __m512 * scales, __m512 *) {
-        // The scale is the block's last 2 bytes: read with those before it, as behind the last block nothing may be read.
+        // The scale is the block's last 2 bytes: read with those before it, as behind the last block nothing may be
+        // read.
         const __m512 scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rows.word(at + 206), 16)));
         for (int word = 0; word < 4; word++, scales += 4) {
             const __m512i factors = rows.word(at + 192 + 4 * word);

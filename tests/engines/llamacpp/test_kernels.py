@@ -1,12 +1,18 @@
 """The kernels against arithmetic, and llama.cpp calling them."""
 
 import ctypes
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -37,14 +43,26 @@ class Params(ctypes.Structure):
     )
 
 
-def bound() -> Callable[..., bool]:
-    """The function as ggml calls it, in a library that nothing else uses."""
-    function = ctypes.CDLL(str(library.LIBRARY)).llamafile_sgemm
+def copied() -> ctypes.CDLL:
+    """A copy of the library, which nobody else in this process uses or binds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return ctypes.CDLL(shutil.copy(library.LIBRARY, folder))
+
+
+def callable_as_ggml_does(kernels: ctypes.CDLL) -> Callable[..., bool]:
+    """The function that takes the place of llama.cpp's."""
+    function = kernels.llamafile_sgemm
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.restype = ctypes.c_bool
     function.argtypes = [ctypes.POINTER(Params), number, number, number, pointer, number, pointer, number, pointer]
     function.argtypes += [number, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return function
+
+
+@cache
+def unbound() -> Callable[..., bool]:
+    """The function without llama.cpp's behind it, and without its counter."""
+    return callable_as_ggml_does(copied())
 
 
 def random_weights(kind: Type, rows: int, blocks: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +101,7 @@ def product(kind: Type, weights: np.ndarray, activations: np.ndarray, rows: int,
     for thread in range(num_threads):
         params = Params(thread, num_threads)
         arguments = (weights.ctypes.data, weights.shape[1] // size, activations.ctypes.data, blocks, out.ctypes.data)
-        assert bound()(params, rows, len(out), blocks, *arguments, rows, kind, of_activations, F32)
+        assert unbound()(params, rows, len(out), blocks, *arguments, rows, kind, of_activations, F32)
     return out
 
 
@@ -127,20 +145,16 @@ def test_column_does_not_depend_on_the_others(kind: Type) -> None:
 
 @needs_kernels
 def test_what_is_not_quantized_yet_is_declined() -> None:
-    """Floats come first, and ggml types without llama.cpp are a no as well."""
+    """A no to floats makes ggml quantize them and ask again; other types are a no as long as llama.cpp is not bound."""
     for kind, of_activations, of_result in ((8, 0, 0), (12, 8, 0), (8, 8, 1), (1, 0, 0)):
-        assert not bound()(Params(0, 1), 16, 1, 1, None, 1, None, 1, None, 16, kind, of_activations, of_result)
+        assert not unbound()(Params(0, 1), 16, 1, 1, None, 1, None, 1, None, 16, kind, of_activations, of_result)
 
 
 _ASK_THE_DEMO = """
 import ctypes, json, sys
 from pathlib import Path
 from engines.llamacpp.capi import has_kernels, lib
-from engines.llamacpp.context import Context
-from engines.llamacpp.header import suits_kernels
 from engines.llamacpp.kernels import library
-from engines.model import TensorInfo
-from engines.store.gguf import GGUFHeader
 from engines.llamacpp.model import Model
 import numpy as np
 asked = set()
@@ -160,27 +174,29 @@ print(json.dumps({"has_kernels": has_kernels, "asked": sorted(asked), "logits": 
 """
 
 
-def ask_the_demo(**environment: str) -> dict[str, object]:
-    """What llama.cpp's own function was asked, and the logits after a few tokens, of a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", _ASK_THE_DEMO, str(DEMO)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer: dict[str, object] = json.loads(done.stdout)
-    return answer
+class Told(NamedTuple):
+    """Of a process of its own: what llama.cpp's own function was asked for, and the logits after a few tokens."""
+
+    has_kernels: bool
+    asked: list[int]
+    logits: list[float]
+
+
+def ask_the_demo(**environment: str) -> Told:
+    """Nine tokens of the demo, in an environment."""
+    argv = [sys.executable, "-c", _ASK_THE_DEMO, str(DEMO)]
+    done = subprocess.run(argv, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return Told(**json.loads(done.stdout))
 
 
 @needs_kernels
 def test_llama_cpp_computes_with_them() -> None:
     """The demo's Q8_0 weights go to the kernels alone, its attention to llama.cpp, and the answer stays the same."""
     ours, theirs = ask_the_demo(), ask_the_demo(HEADWATER_KERNELS="0")
-    assert (ours["has_kernels"], theirs["has_kernels"]) == (True, False)
-    assert ours["asked"]
-    assert Type.Q8_0 not in ours["asked"]  # type: ignore[operator]
-    a, b = np.array(ours["logits"]), np.array(theirs["logits"])
+    assert (ours.has_kernels, theirs.has_kernels) == (True, False)
+    assert ours.asked
+    assert Type.Q8_0 not in ours.asked
+    a, b = np.array(ours.logits), np.array(theirs.logits)
     assert a.argmax() == b.argmax()
     assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
 
@@ -198,9 +214,41 @@ def test_no_thread_is_idle_while_there_are_rows_for_it(kind: Type, num_threads: 
     for thread in range(num_threads):
         out = np.full((1, 256), np.nan, np.float32)
         arguments = (weights.ctypes.data, weights.shape[1] // size, activations.ctypes.data, 1, out.ctypes.data)
-        bound()(Params(thread, num_threads), 256, 1, 256 // values, *arguments, 256, kind, of_activations, F32)
+        unbound()(Params(thread, num_threads), 256, 1, 256 // values, *arguments, 256, kind, of_activations, F32)
         shares.append(np.count_nonzero(~np.isnan(out)))
     assert shares == [256 // num_threads] * num_threads
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)
+def test_chunks_are_taken_by_whoever_is_free(kind: Type) -> None:
+    """By four threads and ggml's counter, which each asks until nothing is left, over several panels of columns."""
+    random, (values, _) = np.random.default_rng(1), gguf.GGML_QUANT_SIZES[kind]
+    of_activations = Type.Q8_0 if values == 32 else Type.Q8_K
+    weights, _ = random_weights(kind, 500, 4096 // values, random)
+    activations, _ = random_activations(of_activations, 400, 4096, random)
+    kernels, chunks = copied(), itertools.count(4)  # every thread begins with the chunk of its own number
+    take = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(lambda _pool, _count: next(chunks))
+    kernels.headwater_kernels_bind(None, take)
+    out = np.full((400, 500), np.nan, np.float32)
+
+    def compute(thread: int) -> bool:
+        params = Params(thread, 4, 0, activations.ctypes.data, 1)
+        blocks = 4096 // values
+        matrices = (weights.ctypes.data, blocks, activations.ctypes.data, blocks, out.ctypes.data)
+        return callable_as_ggml_does(kernels)(params, 500, 400, blocks, *matrices, 500, kind, of_activations, F32)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(compute, range(4)))
+    assert np.array_equal(out, product(kind, weights, activations, 500))
+    assert next(chunks) > 20
+
+
+def test_kernels_are_there_wherever_they_can_be_compiled() -> None:
+    """The tests above are for machines that have them; that this one has none must have a better reason."""
+    reason = library.why_not()
+    assert not reason.startswith("llama-cpp-python is")
+    assert shutil.which("c++") is None or not reason.startswith("they were not compiled")
 
 
 @needs_kernels
